@@ -1,0 +1,306 @@
+"""Saving and loading models: a directory of ``config.json`` and ``model.safetensors``.
+
+:class:`PretrainedMixin` gives a module ``save_pretrained`` and ``from_pretrained``. A model that takes part
+
+* names its frozen dataclass of settings in ``config_class``, takes one instance of it as its constructor's
+  only argument and keeps it as ``self.config`` (the dataclass checks its own bounds in ``__post_init__``);
+* can be built on the meta device, so that a file's shapes are compared before memory is spent on them;
+* implements ``_from_reference`` when it can read checkpoints of the published implementation.
+
+No loading path unpickles objects: own files are safetensors and JSON, reference files are read with
+``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ibq_fast.checkpoint.configs import config_from_dict, config_to_dict
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMAT_VERSION = 1
+
+_MAX_CONFIG_BYTES = 1 << 20
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+M = TypeVar("M", bound="PretrainedMixin")
+
+
+class PretrainedMixin:
+    """``save_pretrained`` and ``from_pretrained`` for an ``nn.Module`` built from one config dataclass."""
+
+    config_class: ClassVar[type]
+    config: Any
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write ``config.json`` and ``model.safetensors`` into ``directory`` and return it.
+
+        A reader never sees half a model, nor one model's settings with another's weights: a new directory
+        appears whole; in one that exists the weights are replaced in a single rename, and when the settings
+        change too, ``config.json`` is absent until the new weights are in place. Other files there stay.
+
+        Tensors keep their dtype and their bits. Raises ``NotADirectoryError`` when ``directory`` is a file.
+        """
+        assert isinstance(self, nn.Module)
+        target = Path(directory)
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(
+                f"directory: expected a directory to save into, got the file {str(target)!r}"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        document = {
+            "model": type(self).__name__,
+            "format": FORMAT_VERSION,
+            "config": config_to_dict(self.config),
+        }
+        text = json.dumps(document, indent=2) + "\n"
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        try:
+            save_file(_storable(self.state_dict()), str(staging / WEIGHTS_NAME), metadata={"format": "pt"})
+            (staging / CONFIG_NAME).write_text(text, encoding="utf-8")
+            for name in (WEIGHTS_NAME, CONFIG_NAME):
+                (staging / name).chmod(0o666 & ~_umask())
+                _sync(staging / name)
+            _publish(staging, target, text)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        _sync(target.parent)
+        return target
+
+    @classmethod
+    def from_pretrained(
+        cls: type[M],
+        path_or_repo: str | os.PathLike[str],
+        *,
+        ema: bool = True,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        **overrides: Any,
+    ) -> M:
+        """Load a model, in eval mode, from one of
+
+        * a directory written by :meth:`save_pretrained`,
+        * a checkpoint file of the published implementation (``.ckpt``), its architecture read off the shapes,
+        * the id of a repository on the Hugging Face hub that holds either (``revision``: a commit or tag).
+
+        ``ema`` chooses the averaged weights of a reference checkpoint that has them; own directories hold one
+        set. ``overrides`` state what the shapes of a reference checkpoint cannot say (each model's page lists
+        them). Loading draws no numbers from the global random generator.
+
+        Raises ``FileNotFoundError`` when nothing is there, ``ValueError`` naming the file and what is wrong
+        in it: unknown or out-of-range settings, missing, unexpected or misshapen weights, truncation, pickled
+        objects.
+        """
+        path = _resolve(path_or_repo, revision)
+        with torch.random.fork_rng(devices=[]):
+            if path.is_dir():
+                if overrides:
+                    raise ValueError(
+                        f"{', '.join(sorted(overrides))}: expected only with a reference checkpoint, "
+                        f"got the directory {str(path)!r}, which records its own settings"
+                    )
+                model = cls._from_directory(path)
+            else:
+                from ibq_fast.checkpoint.reference import load_reference_state
+
+                model = cls._from_reference(path, load_reference_state(path), ema=ema, **overrides)
+        assert isinstance(model, nn.Module)
+        if device is not None:
+            model.to(device)
+        return model.eval()
+
+    @classmethod
+    def _from_reference(
+        cls: type[M], path: Path, state_dict: dict[str, Tensor], *, ema: bool, **overrides: Any
+    ) -> M:
+        """Build the model from a checkpoint of the published implementation. Subclasses implement this.
+
+        ``state_dict`` is the file's flat dict of tensors as it stands (the outer ``state_dict`` entry taken
+        off, no prefix removed); ``path`` is for error messages. ``ema`` asks for averaged weights where the
+        file has them. Declare the overrides you know as keyword parameters, derive a config from them and the
+        tensors' shapes, rename the tensors and return ``build_and_load(cls, config, renamed, path)``.
+        """
+        raise ValueError(f"{path}: {cls.__name__} reads no checkpoints of the published implementation")
+
+    @classmethod
+    def _from_directory(cls: type[M], directory: Path) -> M:
+        config = read_config(directory / CONFIG_NAME, cls.__name__, cls.config_class)
+        weights = directory / WEIGHTS_NAME
+        if not weights.is_file():
+            raise FileNotFoundError(f"{weights}: no such file; the directory has no weights")
+        return build_and_load(cls, config, read_weights(weights), weights)
+
+
+def build_and_load(cls: type[M], config: Any, state: Mapping[str, Tensor], source: Path) -> M:
+    """``cls(config)`` with ``state`` loaded; shapes are compared on the meta device before any memory."""
+    with torch.device("meta"):
+        outline = cls(config)  # type: ignore[call-arg]
+    assert isinstance(outline, nn.Module)
+    check_weights(outline.state_dict(), state, source)
+    model = cls(config)
+    assert isinstance(model, nn.Module)
+    load_weights(model, state, source)
+    return model
+
+
+def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: Path) -> None:
+    """Raise ``ValueError`` naming the first missing, misshapen or unexpected key of ``state``."""
+    for name, wanted in expected.items():
+        if name not in state:
+            raise ValueError(f"{source}: weight {name!r} {list(wanted.shape)} is missing")
+        if state[name].shape != wanted.shape:
+            raise ValueError(
+                f"{source}: weight {name!r}: expected shape {list(wanted.shape)} from the settings, "
+                f"got {list(state[name].shape)}"
+            )
+        if state[name].is_floating_point() != wanted.is_floating_point():
+            raise ValueError(f"{source}: weight {name!r}: expected {wanted.dtype}, got {state[name].dtype}")
+    for name in state:
+        if name not in expected:
+            raise ValueError(f"{source}: unexpected weight {name!r} {list(state[name].shape)}")
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
+    """Check ``state`` against ``model`` and copy it in, each tensor keeping the dtype it was stored in."""
+    own = model.state_dict(keep_vars=True)
+    check_weights(own, state, source)
+    for name, tensor in own.items():
+        if tensor.dtype != state[name].dtype:
+            tensor.data = tensor.data.to(state[name].dtype)
+    model.load_state_dict(dict(state), strict=True)
+
+
+def read_config(path: Path, model_name: str, config_class: type) -> Any:
+    """Parse a ``config.json`` into ``config_class``. ``ValueError`` names the file and the wrong setting."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a directory written by save_pretrained")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(document, dict) or set(document) != {"model", "format", "config"}:
+        got = sorted(document) if isinstance(document, dict) else type(document).__name__
+        raise ValueError(f"{path}: expected an object with the keys model, format and config, got {got}")
+    if document["format"] != FORMAT_VERSION or isinstance(document["format"], bool):
+        raise ValueError(f"{path}: format: expected {FORMAT_VERSION}, got {document['format']!r}")
+    if document["model"] != model_name:
+        raise ValueError(f"{path}: model: expected {model_name!r}, got {document['model']!r}")
+    try:
+        return config_from_dict(config_class, document["config"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            file.keys()
+        return load_file(str(path), device="cpu")
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: not a readable safetensors file (truncated or corrupt): {error}"
+        ) from error
+
+
+def _resolve(path_or_repo: str | os.PathLike[str], revision: str | None) -> Path:
+    """The local directory or file that ``path_or_repo`` stands for, fetched from the hub if need be."""
+    path = Path(path_or_repo)
+    if path.is_file() and path.suffix == ".safetensors":
+        raise ValueError(f"path_or_repo: expected the directory that holds {path.name}, got {str(path)!r}")
+    if path.exists():
+        if revision is not None:
+            raise ValueError(f"revision: expected only with a hub id, got the local path {str(path)!r}")
+        return path
+    name = os.fspath(path_or_repo)
+    if not _HUB_ID.fullmatch(name) or path.suffix in (".ckpt", ".pt", ".pth"):
+        raise FileNotFoundError(
+            f"path_or_repo: {name!r} is neither a file, a directory nor a hub id (owner/name)"
+        )
+    return _download(name, revision)
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        snapshot = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME])
+        )
+        if (snapshot / WEIGHTS_NAME).is_file():
+            return snapshot
+        snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=["*.ckpt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"path_or_repo: no local path {repository!r}, and the hub could not give it: {error}"
+        ) from error
+    checkpoints = sorted(snapshot.glob("*.ckpt"))
+    if len(checkpoints) != 1:
+        raise FileNotFoundError(
+            f"path_or_repo: expected {WEIGHTS_NAME} or one .ckpt file in the hub's {repository!r}, "
+            f"got {[file.name for file in checkpoints]}"
+        )
+    return checkpoints[0]
+
+
+def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors, none sharing storage with another (safetensors refuses shared storage)."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        if address in seen:
+            tensor = tensor.clone()
+        seen.add(address)
+        tensors[name] = tensor
+    return tensors
+
+
+def _publish(staging: Path, target: Path, text: str) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        _sync(staging)
+        staging.chmod(0o777 & ~_umask())
+        os.replace(staging, target)
+        return
+    config = target / CONFIG_NAME
+    changed = not config.is_file() or config.read_bytes() != text.encode("utf-8")
+    if changed:
+        config.unlink(missing_ok=True)
+        _sync(target)
+    os.replace(staging / WEIGHTS_NAME, target / WEIGHTS_NAME)
+    if changed:
+        _sync(target)
+        os.replace(staging / CONFIG_NAME, config)
+    _sync(target)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
