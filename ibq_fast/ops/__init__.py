@@ -1,0 +1,32 @@
+"""Operators of the codebook: search, straight-through selection, entropies and histogram, without any N×K tensor.
+
+Each module states one operator's contract. ``native`` (C++) and ``composite`` (chunked PyTorch, any device) offer
+the same schemas in the namespaces ``torch.ops.ibq_fast`` and ``torch.ops.ibq_fast_composite``.
+"""
+
+from ibq_fast.ops.backends import (
+    Backend,
+    BackendStatus,
+    available_backends,
+    backend_report,
+    set_backend,
+)
+from ibq_fast.ops.entropy import EntropyResult, codebook_entropy
+from ibq_fast.ops.histogram import code_histogram
+from ibq_fast.ops.search import SearchResult, codebook_search
+from ibq_fast.ops.select import SelectResult, straight_through_select
+
+__all__ = [
+    "Backend",
+    "BackendStatus",
+    "EntropyResult",
+    "SearchResult",
+    "SelectResult",
+    "available_backends",
+    "backend_report",
+    "code_histogram",
+    "codebook_entropy",
+    "codebook_search",
+    "set_backend",
+    "straight_through_select",
+]

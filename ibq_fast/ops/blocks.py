@@ -1,0 +1,139 @@
+"""What the composite backend's operators share: blocks of rows × codes, logits of a block, online softmax state.
+
+No tensor here is larger than a block (:data:`BLOCK_ELEMENTS`), N×D or K×D. Loops run over codes outside and rows
+inside, so that a block of a low-precision codebook is widened once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Elements of one rows × codes block by device type. On a CPU the elementwise passes over a block should find it in
+# the cache; elsewhere launch overhead asks for larger blocks. A backward holds about four blocks.
+BLOCK_ELEMENTS = {"cpu": 1 << 18}
+DEFAULT_BLOCK_ELEMENTS = 1 << 24
+BLOCK_ROWS = {"cpu": 256}
+DEFAULT_BLOCK_ROWS = 4096
+
+# exp(-FAR) is 0 in float32 and float64 alike: differences of logits are cut there, so that a logit of minus
+# infinity (a code masked by its bias) gives 0 and never 0 · ∞.
+FAR = 1.0e4
+
+# A probability above this is the only large one of its row, whatever float32 rounding did to it.
+PEAK = 0.75
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def slices(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+class Blocks:
+    """Iterates over the blocks of S = scale · z @ codebook.T + bias, formed in the statistics dtype.
+
+    z [N, D], codebook [K, D] of one floating dtype, bias [K] or None.
+    """
+
+    def __init__(self, z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float) -> None:
+        self.dtype = statistics_dtype(z.dtype)
+        self.z = z.detach().to(self.dtype)
+        self.codebook = codebook.detach()
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
+        self.scale = float(scale)
+        self.n, self.k = z.shape[0], codebook.shape[0]
+        device = z.device.type
+        self.rows = max(1, min(self.n, BLOCK_ROWS.get(device, DEFAULT_BLOCK_ROWS)))
+        self.codes = max(1, BLOCK_ELEMENTS.get(device, DEFAULT_BLOCK_ELEMENTS) // self.rows)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Yields (rows, codes, logits of the block, widened codes of the block). The logits may be overwritten."""
+        for codes in slices(self.k, self.codes):
+            block = self.codebook[codes].to(self.dtype)
+            bias = None if self.bias is None else self.bias[codes]
+            for rows in slices(self.n, self.rows):
+                z = self.z[rows]
+                if bias is None:
+                    logits = torch.mm(z, block.T)
+                    if self.scale != 1.0:
+                        logits.mul_(self.scale)
+                else:
+                    logits = torch.addmm(bias, z, block.T, alpha=self.scale)
+                yield rows, codes, logits, block
+
+    def new_rows(self, value: float = 0.0) -> Tensor:
+        return self.z.new_full((self.n,), value)
+
+
+class RunningMaximum:
+    """Largest logit of each row and its lowest index, over blocks of ascending codes."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.value = blocks.new_rows(float("-inf"))
+        self.index = torch.zeros(blocks.n, dtype=torch.int64, device=blocks.z.device)
+
+    def update(self, rows: slice, codes: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a block in; (shift, growth): the new maximum made finite, and new minus old, cut at FAR."""
+        value, position = logits.max(dim=1)
+        old = self.value[rows]
+        self.index[rows] = torch.where(value > old, position + codes.start, self.index[rows])
+        new = torch.maximum(value, old)
+        shift = new.clamp_min(torch.finfo(new.dtype).min)
+        growth = (shift - old).clamp_max(FAR)
+        self.value[rows] = new
+        return shift, growth
+
+    def indices(self) -> Tensor:
+        """Index of the maximum; 0 in a row that holds a NaN."""
+        return self.index.masked_fill(self.value.isnan(), 0)
+
+
+class LogitGradient:
+    """Accumulates the gradients of z, codebook and bias from blocks of dS.
+
+    Rows of dS sum to zero. Where one probability is close to 1 its entry of dS is a difference of nearly equal
+    numbers, lost to rounding; it is replaced by minus the sum of the others, which are exact to rounding.
+    """
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+        self.grad_z = torch.zeros_like(blocks.z, memory_format=torch.contiguous_format)
+        self.grad_codebook = blocks.z.new_zeros(blocks.codebook.shape)
+        self.grad_bias = blocks.z.new_zeros(0 if blocks.bias is None else blocks.k)
+        self.rest = blocks.new_rows()
+        self.peak = torch.full((blocks.n,), -1, dtype=torch.int64, device=blocks.z.device)
+
+    def add(self, rows: slice, codes: slice, p: Tensor, grad: Tensor, block: Tensor) -> None:
+        """p: the block's probabilities; grad: its dS (overwritten); block: its widened codes."""
+        value, position = p.max(dim=1)
+        known = self.peak[rows]
+        found = (value > PEAK) & (known < 0)
+        self.peak[rows] = torch.where(found, position + codes.start, known)
+        column = position.unsqueeze(1)
+        grad.scatter_(1, column, grad.gather(1, column).masked_fill_(found.unsqueeze(1), 0.0))
+        self.rest[rows] += grad.sum(dim=1)
+        self._accumulate(rows, codes, grad, block)
+
+    def _accumulate(self, rows: slice, codes: slice, grad: Tensor, block: Tensor) -> None:
+        scale = self.blocks.scale
+        self.grad_z[rows].addmm_(grad, block, alpha=scale)
+        self.grad_codebook[codes].addmm_(grad.T, self.blocks.z[rows], alpha=scale)
+        if self.grad_bias.numel():
+            self.grad_bias[codes] += grad.sum(dim=0)
+
+    def finish(self) -> None:
+        """Add the entries that :meth:`add` left out."""
+        amount = torch.where(self.peak < 0, torch.zeros_like(self.rest), -self.rest)
+        index = self.peak.clamp_min(0)
+        step = (self.blocks.scale * amount).unsqueeze(1)
+        self.grad_z.addcmul_(step, self.blocks.codebook.index_select(0, index).to(self.blocks.dtype))
+        self.grad_codebook.index_add_(0, index, step * self.blocks.z)
+        if self.grad_bias.numel():
+            self.grad_bias.index_add_(0, index, amount)

@@ -1,0 +1,42 @@
+"""Loads the C++ extension, which registers the operators of namespace ``ibq_fast``.
+
+A missing or broken extension is no error here: everything works through the composite backend, and
+:data:`UNAVAILABLE` keeps the reason, which the backend table, its one-time warning and ``ibq-fast doctor`` show.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import torch
+
+NAMESPACE = "ibq_fast"
+
+
+def _load() -> str | None:
+    """Import the extension; the reason why it cannot be used, or None."""
+    if importlib.util.find_spec("ibq_fast._C") is None:
+        return "the C++ extension is not built (python setup.py build_ext --inplace)"
+    try:
+        importlib.import_module("ibq_fast._C")
+    except ImportError as error:
+        return f"the C++ extension does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+UNAVAILABLE: str | None = _load()
+
+
+def registered(op: str) -> bool:
+    """Whether the loaded extension defines operator ``op``."""
+    return UNAVAILABLE is None and hasattr(getattr(torch.ops, NAMESPACE), op)
+
+
+def device_types(op: str) -> tuple[str, ...]:
+    """Device types (``"cpu"``, ``"cuda"``) for which the loaded extension holds a kernel of ``op``."""
+    if not registered(op):
+        return ()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    return tuple(device for device, key in keys.items() if has_kernel(f"{NAMESPACE}::{op}", key))

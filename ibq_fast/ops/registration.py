@@ -1,0 +1,87 @@
+"""One definition of an operator, registered in every namespace that offers it.
+
+``ibq_fast`` is defined by the C++ extension, ``ibq_fast_composite`` here. Both carry the same schemas, and both
+get the same shape function and the same differentiation rule, so that they can differ in arithmetic only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ibq_fast.ops import native
+
+COMPOSITE_NAMESPACE = "ibq_fast_composite"
+_composite_library = torch.library.Library(COMPOSITE_NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator before it is tied to a namespace.
+
+    name, arguments: ``arguments`` is the schema after the name, ``"(Tensor z, ...) -> (...)"``.
+    composite: the chunked PyTorch implementation, run on any device.
+    fake: shapes and dtypes of the outputs from those of the inputs.
+    setup_context, backward: as for ``torch.library.register_autograd``; ``backward`` takes the namespace first,
+        because a namespace differentiates with its own backward operator.
+    """
+
+    name: str
+    arguments: str
+    composite: Callable[..., Any]
+    fake: Callable[..., Any]
+    setup_context: Callable[..., None]
+    backward: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        if not self.arguments.startswith("(") or "->" not in self.arguments:
+            raise ValueError(f'arguments: expected "(...) -> (...)", got {self.arguments!r}')
+
+
+def register(operator: Operator) -> None:
+    """Define ``operator`` in the composite namespace and complete it in the native one, where that is loaded."""
+    _composite_library.define(operator.name + operator.arguments)
+    _composite_library.impl(operator.name, _without_autocast(operator.composite), "CompositeExplicitAutograd")
+    _complete(COMPOSITE_NAMESPACE, operator)
+    if native.registered(operator.name):
+        _complete(native.NAMESPACE, operator)
+
+
+def overload(namespace: str, name: str) -> torch._ops.OpOverload:
+    """The callable of operator ``name`` in ``namespace``."""
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
+def _complete(namespace: str, operator: Operator) -> None:
+    qualified = f"{namespace}::{operator.name}"
+    torch.library.register_fake(qualified, operator.fake)
+
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return operator.backward(namespace, ctx, *grads)
+
+    torch.library.register_autograd(qualified, backward, setup_context=operator.setup_context)
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep an enabled autocast from lowering the precision of the matrix products inside ``function``."""
+
+    def run(*args: Any) -> Any:
+        device_type = args[0].device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return function(*args)
+        return function(*args)
+
+    return run
+
+
+def no_second_derivative(namespace: str, ctx: Any, *grads: torch.Tensor) -> None:
+    """Differentiation rule of the backward operators."""
+    raise RuntimeError(f"{namespace}: second derivatives of the codebook operators are not defined")
+
+
+def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Context of an operator whose derivative is not taken."""
