@@ -124,9 +124,10 @@ class PretrainedMixin:
 
     @classmethod
     def _from_reference(
-        cls: type[M], path: Path, state_dict: dict[str, Tensor], *, ema: bool, **overrides: Any
+        cls: type[M], path: Path, state_dict: dict[str, Tensor], *args: Any, **overrides: Any
     ) -> M:
-        """Build the model from a checkpoint of the published implementation. Subclasses implement this.
+        """Build the model from a checkpoint of the published implementation. Subclasses implement this as
+        ``_from_reference(cls, path, state_dict, *, ema, <their overrides by name>)``.
 
         ``state_dict`` is the file's flat dict of tensors as it stands (the outer ``state_dict`` entry taken
         off, no prefix removed); ``path`` is for error messages. ``ema`` asks for averaged weights where the
