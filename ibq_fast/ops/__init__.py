@@ -1,7 +1,7 @@
-"""Operators of the codebook: search, straight-through selection, entropies and histogram, without any N×K tensor.
+"""Operators of the codebook: search, straight-through selection, entropies, histogram; no N×K tensor.
 
-Each module states one operator's contract. ``native`` (C++) and ``composite`` (chunked PyTorch, any device) offer
-the same schemas in the namespaces ``torch.ops.ibq_fast`` and ``torch.ops.ibq_fast_composite``.
+Each module states one operator's contract. ``native`` (C++) and ``composite`` (chunked PyTorch, any device)
+offer the same schemas in the namespaces ``torch.ops.ibq_fast`` and ``torch.ops.ibq_fast_composite``.
 """
 
 from ibq_fast.ops.backends import (

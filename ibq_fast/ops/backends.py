@@ -1,9 +1,9 @@
 """The table of backends: which implementation of an operator serves a device and a dtype.
 
-A choice is made for every call, in this order: the call's ``backend=`` argument, :func:`set_backend`, the environment
-variable ``IBQ_FAST_BACKEND`` (read at import), the first row of the table that fits. A forced choice that is
-unknown or cannot serve the call raises ValueError; passing over a preferred row is said once, with the reason. Under
-``torch.compile`` the choice is made while tracing.
+A choice is made for every call, in this order: the call's ``backend=`` argument, :func:`set_backend`, the
+environment variable ``IBQ_FAST_BACKEND`` (read at import), the first row of the table that fits. A forced
+choice that is unknown or cannot serve the call raises ValueError; passing over a preferred row is said once,
+with the reason. Under ``torch.compile`` the choice is made while tracing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ NAMES = ("native", "composite")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
-# Devices on which the native kernels are chosen without being asked for. A GPU joins when a committed result shows
-# the kernels right on its architecture; until then it is served by a forced choice.
+# Devices on which the native kernels are chosen without being asked for. A GPU joins when a committed result
+# shows the kernels right on its architecture; until then it is served by a forced choice.
 NATIVE_AUTOMATIC = ("cpu",)
 
 
@@ -34,8 +34,8 @@ NATIVE_AUTOMATIC = ("cpu",)
 class Backend:
     """One row: an implementation of ``op``.
 
-    devices: device types served, empty for all. automatic: device types on which it is chosen unasked, empty for
-    all. unavailable: why it cannot be used at all here, or None. call: the operator.
+    devices: device types served, empty for all. automatic: device types on which it is chosen unasked, empty
+    for all. unavailable: why it cannot be used at all here, or None. call: the operator.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""What the composite backend's operators share: blocks of rows × codes, logits of a block, online softmax state.
+"""What the composite operators share: blocks of rows × codes, their logits, online softmax state.
 
-No tensor here is larger than a block (:data:`BLOCK_ELEMENTS`), N×D or K×D. Loops run over codes outside and rows
-inside, so that a block of a low-precision codebook is widened once.
+No tensor here is larger than a block (:data:`BLOCK_ELEMENTS`), N×D or K×D. Loops run over codes outside and
+rows inside, so that a block of a low-precision codebook is widened once.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Elements of one rows × codes block by device type. On a CPU the elementwise passes over a block should find it in
-# the cache; elsewhere launch overhead asks for larger blocks. A backward holds about four blocks.
-BLOCK_ELEMENTS = {"cpu": 1 << 18}
+# Elements of one rows × codes block by device type. On a CPU the elementwise passes over a block should find
+# it in the cache; elsewhere launch overhead asks for larger blocks. A backward holds about four blocks.
+BLOCK_ELEMENTS = {"cpu": 1 << 17}
 DEFAULT_BLOCK_ELEMENTS = 1 << 24
-BLOCK_ROWS = {"cpu": 256}
+BLOCK_ROWS = {"cpu": 128}
 DEFAULT_BLOCK_ROWS = 4096
 
 # exp(-FAR) is 0 in float32 and float64 alike: differences of logits are cut there, so that a logit of minus
@@ -54,7 +54,7 @@ class Blocks:
         self.codes = max(1, BLOCK_ELEMENTS.get(device, DEFAULT_BLOCK_ELEMENTS) // self.rows)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-        """Yields (rows, codes, logits of the block, widened codes of the block). The logits may be overwritten."""
+        """Yields (rows, codes, the block's logits, its widened codes); the logits may be overwritten."""
         for codes in slices(self.k, self.codes):
             block = self.codebook[codes].to(self.dtype)
             bias = None if self.bias is None else self.bias[codes]
@@ -98,8 +98,8 @@ class RunningMaximum:
 class LogitGradient:
     """Accumulates the gradients of z, codebook and bias from blocks of dS.
 
-    Rows of dS sum to zero. Where one probability is close to 1 its entry of dS is a difference of nearly equal
-    numbers, lost to rounding; it is replaced by minus the sum of the others, which are exact to rounding.
+    Rows of dS sum to zero. Where one probability is close to 1 its entry of dS is a difference of nearly
+    equal numbers, lost to rounding; it is replaced by minus the sum of the others.
     """
 
     def __init__(self, blocks: Blocks) -> None:

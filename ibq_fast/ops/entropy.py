@@ -1,6 +1,7 @@
 """softmax_statistics and codebook_entropy: entropies of softmax(S/τ) over codes.
 
-Contract. S, z, codebook, bias, scale as in :mod:`ibq_fast.ops.search`, p = softmax(S/τ), τ > 0. The operator gives
+Contract. S, z, codebook, bias, scale as in :mod:`ibq_fast.ops.search`, p = softmax(S/τ), τ > 0.
+The operator gives
 
 - row_entropy [N]: H_i = -Σ_j p_ij log p_ij,  mean_prob [K]: mean of p over rows (zeros when N = 0),
 - lse [N] of S/τ, kept for the backward and not differentiable; all in the statistics dtype.
@@ -8,8 +9,8 @@ Contract. S, z, codebook, bias, scale as in :mod:`ibq_fast.ops.search`, p = soft
 With a and c the gradients of row_entropy and mean_prob,
 dS_ij = (1/τ) p_ij [ -a_i (log p_ij + H_i) + (1/N)(c_j - Σ_k p_ik c_k) ]; entries with p = 0 give 0.
 
-S/τ is formed in the statistics dtype whatever the operands are, so half precision cannot overflow. Nothing of size
-N×K is stored. Cost in products of 2·N·K·D operations: forward 2, backward 4.
+S/τ is formed in the statistics dtype whatever the operands are, so half precision cannot overflow. Nothing of
+size N×K is stored. Cost in products of 2·N·K·D operations: forward 2, backward 4.
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ def composite_backward(
     row_entropy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     blocks = _tempered(z, codebook, bias, scale, temperature)
-    # Rows of p sum to 1: a constant taken off c or S changes nothing but the rounding. log p + H = S/τ - Σ p S/τ is
-    # formed without lse, which would swamp small logits.
+    # Rows of p sum to 1: a constant taken off c or S changes nothing but the rounding. With s = S/τ,
+    # log p + H = s - Σ p s is formed without lse, which would swamp small logits.
     c = grad_mean_prob.to(blocks.dtype)
     c = (c - c.mean()) / max(blocks.n, 1)
     mean_c, mean_s = blocks.new_rows(), blocks.new_rows()
@@ -125,7 +126,7 @@ def composite_backward(
 
 
 def _tempered(z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, temperature: float) -> Blocks:
-    """Blocks of S/τ. Gradients of z and codebook by these logits carry 1/τ in the scale, that of bias does not."""
+    """Blocks of S/τ. The scale brings 1/τ into the gradients of z and codebook, but not into the bias's."""
     dtype = statistics_dtype(z.dtype)
     return Blocks(z, codebook, None if bias is None else bias.to(dtype) / temperature, scale / temperature)
 

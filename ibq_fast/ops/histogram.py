@@ -19,7 +19,7 @@ NAME = "code_histogram"
 def code_histogram(indices: Tensor, codebook_size: int, *, backend: str | None = None) -> Tensor:
     """Counts of each code in ``indices`` (integers in [0, codebook_size), any shape): int64 [codebook_size].
 
-    Raises ValueError for a tensor that is not integer, a size below 1, and (on the CPU) an index out of range.
+    Raises ValueError for non-integer indices, a size below 1, and (on the CPU) an index out of range.
     """
     checks.code_indices(indices, codebook_size)
     op = backends.select(NAME, indices.device.type, torch.int64, backend)

@@ -1,7 +1,7 @@
 """Loads the C++ extension, which registers the operators of namespace ``ibq_fast``.
 
 A missing or broken extension is no error here: everything works through the composite backend, and
-:data:`UNAVAILABLE` keeps the reason, which the backend table, its one-time warning and ``ibq-fast doctor`` show.
+:data:`UNAVAILABLE` keeps the reason, which the backend table, its warning and ``ibq-fast doctor`` show.
 """
 
 from __future__ import annotations

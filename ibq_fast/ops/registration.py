@@ -1,7 +1,7 @@
 """One definition of an operator, registered in every namespace that offers it.
 
-``ibq_fast`` is defined by the C++ extension, ``ibq_fast_composite`` here. Both carry the same schemas, and both
-get the same shape function and the same differentiation rule, so that they can differ in arithmetic only.
+``ibq_fast`` is defined by the C++ extension, ``ibq_fast_composite`` here. Both carry the same schemas, and
+both get the same shape function and the same derivative, so that they differ in arithmetic only.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Operator:
     name, arguments: ``arguments`` is the schema after the name, ``"(Tensor z, ...) -> (...)"``.
     composite: the chunked PyTorch implementation, run on any device.
     fake: shapes and dtypes of the outputs from those of the inputs.
-    setup_context, backward: as for ``torch.library.register_autograd``; ``backward`` takes the namespace first,
-        because a namespace differentiates with its own backward operator.
+    setup_context, backward: as for ``torch.library.register_autograd``; ``backward`` takes the
+        namespace first, because a namespace differentiates with its own backward operator.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Operator:
 
 
 def register(operator: Operator) -> None:
-    """Define ``operator`` in the composite namespace and complete it in the native one, where that is loaded."""
+    """Define ``operator`` in the composite namespace, and complete it in the native one where loaded."""
     _composite_library.define(operator.name + operator.arguments)
     _composite_library.impl(operator.name, _without_autocast(operator.composite), "CompositeExplicitAutograd")
     _complete(COMPOSITE_NAMESPACE, operator)

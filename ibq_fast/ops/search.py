@@ -1,11 +1,12 @@
 """codebook_search: the best code of every row, and the row's log-sum-exp.
 
-Contract. S = scale · z @ codebook.T + bias, with z [N, D] and codebook [K, D] of one dtype (float32, bfloat16,
-float16; float64 on the composite backend), bias [K] float32 (float64 with float64) or None; N ≥ 0, K ≥ 1, D ≥ 1,
-any strides. Returns
+Contract. S = scale · z @ codebook.T + bias, with z [N, D] and codebook [K, D] of one dtype (float32,
+bfloat16, float16; float64 on the composite backend), bias [K] float32 (float64 with float64) or None; N ≥ 0,
+K ≥ 1, D ≥ 1, any strides. Returns
 
 - indices [N] int64: argmax over codes, ties to the lowest index; 0 in a row that holds a NaN,
-- max [N]: the largest logit, lse [N]: log Σ_j exp S_ij (shape [0] unless asked for); float32, float64 with float64.
+- max [N]: the largest logit, lse [N]: log Σ_j exp S_ij (shape [0] unless asked for); float32, or float64
+  with float64.
 
 S is never stored. Cost: one product of 2·N·K·D operations. Nothing is differentiable.
 """
@@ -43,8 +44,8 @@ def codebook_search(
 ) -> SearchResult:
     """The best code of each row of ``z`` [N, D] in ``codebook`` [K, D] under S = scale · z·E + bias.
 
-    Not differentiable. Ties go to the lowest index. Raises ValueError for shapes, dtypes or devices that do not
-    fit, for a NaN or infinity in a CPU ``z``, and for a forced backend that is unknown or cannot serve the call.
+    Not differentiable. Ties go to the lowest index. Raises ValueError for shapes, dtypes or devices that do
+    not fit, for a NaN or infinity in a CPU ``z``, and for a forced backend that cannot serve the call.
     """
     checks.operands(z, codebook, bias, scale)
     op = backends.select(NAME, z.device.type, z.dtype, backend)

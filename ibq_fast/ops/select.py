@@ -1,15 +1,17 @@
 """straight_through_select: the selected codes, with the gradient of index backpropagation.
 
-Contract. S, z, codebook, bias, scale as in :mod:`ibq_fast.ops.search`, P = softmax(S), E the codebook. Returns
+Contract. S, z, codebook, bias, scale as in :mod:`ibq_fast.ops.search`, P = softmax(S), E the
+codebook. Returns
 
-- z_q [N, D] = E[indices]; its gradient g is that of a one-hot whose value is hard and whose derivative is P's:
+- z_q [N, D] = E[indices]; its gradient g is that of a one-hot whose value is hard and whose derivative
+  is that of P:
   δ_i = g_i · o_i,  dS_ij = P_ij (g_i·E_j - δ_i),  dz = scale · dS E,  dbias = column sums of dS,
   dE = scale · dSᵀ z + scatter-add of g by index,
 - codes [N, D]: the same values as a plain gather; its gradient is a scatter-add into the codebook,
-- indices [N] int64 (ties to the lowest), lse [N], readout o = P E [N, D]; the latter two in the statistics dtype,
-  kept for the backward and not differentiable.
+- indices [N] int64 (ties to the lowest), lse [N], readout o = P E [N, D]; the latter two in the statistics
+  dtype, kept for the backward and not differentiable.
 
-Nothing of size N×K is stored, forward or backward. Cost: forward 2 products of 2·N·K·D operations, backward 4.
+Nothing of size N×K is stored. Cost in products of 2·N·K·D operations: forward 2, backward 4.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def straight_through_select(
     """Select a code for each row of ``z`` [N, D] from ``codebook`` [K, D], differentiably.
 
     ``z_q`` and ``codes`` hold the same values in the dtype of ``z``; they differ in their gradient (see the
-    module). Without anything to differentiate only the search runs. Raises ValueError like ``codebook_search``.
+    module). Without anything to differentiate only the search runs. Raises like ``codebook_search``.
     """
     checks.operands(z, codebook, bias, scale)
     wanted = z.requires_grad or codebook.requires_grad or (bias is not None and bias.requires_grad)

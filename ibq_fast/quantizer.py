@@ -1,0 +1,388 @@
+"""Quantizers of feature maps: index backpropagation (IBQ) and, as its baseline, plain vector quantization."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ibq_fast.ops import checks, codebook_entropy, codebook_search, straight_through_select
+
+Kind = Literal["ibq", "vq"]
+Commitment = Literal["reference", "paper"]
+Similarity = Literal["dot", "euclidean", "cosine"]
+Init = Literal["normal", "scaled", "features"]
+
+# Noise on repeated feature rows, in standard deviations of the features: distinct codes, same neighbourhood.
+_REPEAT_NOISE = 0.01
+
+
+class QuantizerOutput(NamedTuple):
+    """What a quantizer returns.
+
+    z_q: the selected codes in the layout and dtype of the input (float32 under autocast), with the
+    straight-through gradient. indices: int64 [B, H, W] (the input's shape without its channels).
+    quantization_loss, sample_entropy, codebook_entropy (nats), entropy_loss: 0-dim, float32 or wider.
+    """
+
+    z_q: Tensor
+    indices: Tensor
+    quantization_loss: Tensor
+    sample_entropy: Tensor
+    codebook_entropy: Tensor
+    entropy_loss: Tensor
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """Everything that :func:`build_quantizer` needs; the defaults are the published IBQ recipe.
+
+    kind: "ibq", or "vq" for plain vector quantization (nearest code; of the fields below it reads the sizes,
+        ``commitment_weight`` and ``init``).
+    codebook_size, dim: K and D.
+    commitment_weight, commitment: β and its place, see :class:`IndexBackpropQuantizer`.
+    entropy_temperature: τ of the entropies' softmax(S/τ).
+    sample_entropy_weight, codebook_entropy_weight: their weights in ``entropy_loss``; both 0 leaves them out.
+    similarity, logit_scale: how the logits S are formed.
+    init: codes drawn from N(0, 1) ("normal"), N(0, 1/D) ("scaled") or the first batch's features
+    ("features").
+    """
+
+    kind: Kind = "ibq"
+    codebook_size: int = 16384
+    dim: int = 256
+    commitment_weight: float = 0.25
+    commitment: Commitment = "reference"
+    entropy_temperature: float = 0.01
+    sample_entropy_weight: float = 1.0
+    codebook_entropy_weight: float = 1.0
+    similarity: Similarity = "dot"
+    logit_scale: float = 1.0
+    init: Init = "normal"
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, Kind)
+        _one_of("commitment", self.commitment, Commitment)
+        _one_of("similarity", self.similarity, Similarity)
+        _one_of("init", self.init, Init)
+        for name in ("codebook_size", "dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        checks.positive("entropy_temperature", self.entropy_temperature)
+        checks.positive("logit_scale", self.logit_scale)
+
+
+def build_quantizer(config: QuantizerConfig) -> IndexBackpropQuantizer | VectorQuantizer:
+    """The quantizer that ``config`` describes."""
+    if config.kind == "vq":
+        return VectorQuantizer(
+            codebook_size=config.codebook_size,
+            dim=config.dim,
+            commitment_weight=config.commitment_weight,
+            init=config.init,
+        )
+    fields = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "kind"}
+    return IndexBackpropQuantizer(**fields)
+
+
+class _CodebookQuantizer(nn.Module):
+    """A codebook [K, D] with its initialisation, and the way from feature maps to rows and back."""
+
+    config: QuantizerConfig
+    codebook: nn.Parameter
+    initialized: Tensor
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.dim))
+        nn.init.normal_(self.codebook, std=config.dim**-0.5 if config.init == "scaled" else 1.0)
+        # The buffer goes into checkpoints; the attribute beside it is read without waiting for a device.
+        self._awaits_features = config.init == "features"
+        if self._awaits_features:
+            self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    @property
+    def dim(self) -> int:
+        return self.config.dim
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"codebook_size={c.codebook_size}, dim={c.dim}, similarity={c.similarity}, init={c.init}"
+
+    @torch.no_grad()
+    def encode(self, z: Tensor, channel_last: bool = False) -> Tensor:
+        """Indices [B, H, W] of ``z`` [B, D, H, W], or [..., D] with ``channel_last``; no gradient.
+
+        Raises ValueError like ``forward``.
+        """
+        rows, shape = self._rows(z, channel_last)
+        with _full_precision(z):
+            vectors, codebook, scale, bias = self._operands(*self._widen(rows))
+            indices = codebook_search(vectors, codebook, scale=scale, bias=bias).indices
+        return indices.view(shape)
+
+    def decode(self, indices: Tensor, channel_last: bool = False) -> Tensor:
+        """Codes [B, D, H, W] of ``indices`` [B, H, W], or [..., D] of [...] with ``channel_last``.
+
+        Raises ValueError for a shape or dtype that does not fit, and (on the CPU) for an index out of range.
+        """
+        if indices.dim() != 3 and not channel_last:
+            raise ValueError(f"indices: expected [B, H, W] integers, got {list(indices.shape)}")
+        checks.code_indices(indices, self.codebook_size)
+        codes = self._codes(self.codebook, indices.reshape(-1).to(torch.int64))
+        codes = codes.view(*indices.shape, self.dim)
+        return codes if channel_last else codes.movedim(-1, 1).contiguous()
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def init_from_features(self, z: Tensor, channel_last: bool = False) -> None:
+        """Set the codes to random features of ``z``; done by the first training forward with init="features".
+
+        With fewer features than codes they are repeated with a little noise. In distributed training every
+        process has to call it together; all take the codes of rank 0. An empty ``z`` changes nothing.
+        """
+        rows = self._rows(z, channel_last)[0].detach().to(self.codebook.dtype)
+        if rows.shape[0] == 0:
+            return
+        checks.finite("z", rows)
+        order = torch.randperm(rows.shape[0], device=rows.device)
+        codes = rows[order.repeat(-(-self.codebook_size // rows.shape[0]))[: self.codebook_size]]
+        repeats = codes[rows.shape[0] :]
+        repeats += _REPEAT_NOISE * rows.std(correction=0) * torch.randn_like(repeats)
+        self.codebook.copy_(codes)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(self.codebook.data, 0)
+        if self.config.init == "features":
+            self.initialized.fill_(True)
+            self._awaits_features = False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A codebook from a checkpoint without the buffer (another layout) is a trained one.
+        if self.config.init == "features" and f"{prefix}codebook" in state_dict:
+            flag = state_dict.setdefault(f"{prefix}initialized", torch.ones((), dtype=torch.bool))
+            self._awaits_features = not bool(flag)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _first_features(self, rows: Tensor) -> None:
+        if self._awaits_features and self.training:
+            self.init_from_features(rows, channel_last=True)
+
+    def _rows(self, z: Tensor, channel_last: bool) -> tuple[Tensor, tuple[int, ...]]:
+        """``z`` as rows [N, D], and the shape of its indices."""
+        checks.floating("z", z)
+        if channel_last:
+            if z.dim() < 2 or z.shape[-1] != self.dim:
+                raise ValueError(f"z: expected [..., {self.dim}] float, got {list(z.shape)}")
+        else:
+            if z.dim() != 4 or z.shape[1] != self.dim:
+                raise ValueError(f"z: expected [B, {self.dim}, H, W] float, got {list(z.shape)}")
+            z = z.movedim(1, -1)
+        return z.reshape(-1, self.dim), tuple(z.shape[:-1])
+
+    def _widen(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and codebook; in float32 under autocast, which chooses dtypes for layers and not for codes."""
+        if _autocast(rows):
+            return rows.float(), self.codebook.float()
+        return rows, self.codebook
+
+    def _operands(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        """(vectors, codes, scale, bias) such that S = scale · vectors @ codes.T + bias."""
+        raise NotImplementedError
+
+    def _codes(self, codebook: Tensor, indices: Tensor) -> Tensor:
+        """The rows of the codebook as the quantizer gives them out."""
+        return codebook.index_select(0, indices)
+
+
+class IndexBackpropQuantizer(_CodebookQuantizer):
+    """Index backpropagation quantization (arXiv 2412.02692): every code receives gradient.
+
+    The one-hot of the best code under logits S carries the gradient of softmax(S). Logits of feature z and
+    code E:
+
+    - similarity="dot": S = s z·E, the published recipe,
+    - similarity="euclidean": S = s (2 z·E - |E|²), whose best code is the nearest one,
+    - similarity="cosine": S = s z·E of both normalised; the codes given out are normalised too, and the
+      losses compare them with the normalised features,
+
+    with s = ``logit_scale``. ``quantization_loss`` is mean((z_q - z)²) + mean((sg[e] - z)²) + β mean((e -
+    sg[z])²) with commitment="reference"; commitment="paper" puts β on the middle term instead.
+    ``entropy_loss`` is ``sample_entropy_weight`` · sample entropy - ``codebook_entropy_weight`` · codebook
+    entropy at ``entropy_temperature``; with both weights 0 the entropies are not computed and come as zeros.
+
+    Arguments: the fields of :class:`QuantizerConfig` but ``kind``, which also checks them (ValueError).
+    ``codebook`` [K, D] is the parameter. Under autocast it computes in float32; otherwise features and
+    codebook must have one dtype (float32, bfloat16, float16 or float64).
+    """
+
+    def __init__(
+        self,
+        *,
+        codebook_size: int = 16384,
+        dim: int = 256,
+        commitment_weight: float = 0.25,
+        commitment: Commitment = "reference",
+        entropy_temperature: float = 0.01,
+        sample_entropy_weight: float = 1.0,
+        codebook_entropy_weight: float = 1.0,
+        similarity: Similarity = "dot",
+        logit_scale: float = 1.0,
+        init: Init = "normal",
+    ) -> None:
+        super().__init__(
+            QuantizerConfig(
+                kind="ibq",
+                codebook_size=codebook_size,
+                dim=dim,
+                commitment_weight=commitment_weight,
+                commitment=commitment,
+                entropy_temperature=entropy_temperature,
+                sample_entropy_weight=sample_entropy_weight,
+                codebook_entropy_weight=codebook_entropy_weight,
+                similarity=similarity,
+                logit_scale=logit_scale,
+                init=init,
+            )
+        )
+
+    def forward(self, z: Tensor, channel_last: bool = False) -> QuantizerOutput:
+        """Quantize ``z`` [B, D, H, W], or [..., D] with ``channel_last``; an empty batch is allowed.
+
+        Raises ValueError for a shape or dtype that does not fit, and (on the CPU) for a NaN or infinity.
+        """
+        rows, shape = self._rows(z, channel_last)
+        self._first_features(rows)
+        with _full_precision(z):
+            vectors, codebook, scale, bias = self._operands(*self._widen(rows))
+            z_q, codes, indices = straight_through_select(vectors, codebook, scale=scale, bias=bias)
+            quantization = self._quantization_loss(vectors, z_q, codes)
+            sample, usage, entropy = self._entropies(vectors, codebook, scale, bias)
+        return QuantizerOutput(
+            _restore(z_q, shape, channel_last), indices.view(shape), quantization, sample, usage, entropy
+        )
+
+    def _operands(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        scale = self.config.logit_scale
+        if self.config.similarity == "euclidean":
+            return rows, codebook, 2.0 * scale, -scale * _squared_norms(codebook)
+        if self.config.similarity == "cosine":
+            return F.normalize(rows, dim=1), F.normalize(codebook, dim=1), scale, None
+        return rows, codebook, scale, None
+
+    def _codes(self, codebook: Tensor, indices: Tensor) -> Tensor:
+        codes = super()._codes(codebook, indices)
+        return F.normalize(codes, dim=1) if self.config.similarity == "cosine" else codes
+
+    def _quantization_loss(self, rows: Tensor, z_q: Tensor, codes: Tensor) -> Tensor:
+        # `codes` and not an indexing of the codebook: its gradient joins the operator's own [K, D] gradient.
+        beta = self.config.commitment_weight
+        to_codes = _mean_square(codes.detach(), rows)
+        to_features = _mean_square(codes, rows.detach())
+        through = _mean_square(z_q, rows)
+        if self.config.commitment == "paper":
+            return through + beta * to_codes + to_features
+        return through + to_codes + beta * to_features
+
+    def _entropies(
+        self, rows: Tensor, codebook: Tensor, scale: float, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(sample entropy, codebook entropy, entropy loss)."""
+        c = self.config
+        if c.sample_entropy_weight == 0 and c.codebook_entropy_weight == 0:
+            return _zeros(rows)
+        result = codebook_entropy(rows, codebook, temperature=c.entropy_temperature, scale=scale, bias=bias)
+        sample, usage = result.sample_entropy, result.codebook_entropy
+        return sample, usage, c.sample_entropy_weight * sample - c.codebook_entropy_weight * usage
+
+
+class VectorQuantizer(_CodebookQuantizer):
+    """Plain vector quantization, the baseline: nearest code, straight-through copy of the gradient.
+
+    ``quantization_loss`` is mean((e - sg[z])²) + β mean((sg[e] - z)²); only selected codes receive gradient.
+    The entropies are zeros. Arguments as in :class:`QuantizerConfig`.
+    """
+
+    def __init__(
+        self,
+        *,
+        codebook_size: int = 16384,
+        dim: int = 256,
+        commitment_weight: float = 0.25,
+        init: Init = "normal",
+    ) -> None:
+        super().__init__(
+            QuantizerConfig(
+                kind="vq",
+                codebook_size=codebook_size,
+                dim=dim,
+                commitment_weight=commitment_weight,
+                sample_entropy_weight=0.0,
+                codebook_entropy_weight=0.0,
+                similarity="euclidean",
+                init=init,
+            )
+        )
+
+    def forward(self, z: Tensor, channel_last: bool = False) -> QuantizerOutput:
+        """Quantize ``z``; shapes and errors as in :meth:`IndexBackpropQuantizer.forward`."""
+        rows, shape = self._rows(z, channel_last)
+        self._first_features(rows)
+        with _full_precision(z):
+            rows, codebook = self._widen(rows)
+            with torch.no_grad():
+                vectors, table, scale, bias = self._operands(rows, codebook)
+                indices = codebook_search(vectors, table, scale=scale, bias=bias).indices
+            codes = self._codes(codebook, indices)
+            z_q = rows + (codes - rows).detach()
+            beta = self.config.commitment_weight
+            loss = _mean_square(codes, rows.detach()) + beta * _mean_square(codes.detach(), rows)
+        return QuantizerOutput(_restore(z_q, shape, channel_last), indices.view(shape), loss, *_zeros(rows))
+
+    def _operands(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        return rows, codebook, 2.0, -_squared_norms(codebook)
+
+
+def _squared_norms(codebook: Tensor) -> Tensor:
+    """|E_j|² [K] in float32 or wider, without a second [K, D] tensor in the forward."""
+    dtype = torch.promote_types(codebook.dtype, torch.float32)
+    return torch.linalg.vector_norm(codebook, dim=1, dtype=dtype).square()
+
+
+def _mean_square(a: Tensor, b: Tensor) -> Tensor:
+    """mean((a - b)²) in float32 or wider; 0 for an empty batch."""
+    difference = a - b
+    dtype = torch.promote_types(difference.dtype, torch.float32)
+    return difference.to(dtype).square().sum() / max(difference.numel(), 1)
+
+
+def _zeros(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    zero = torch.zeros((), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+    return zero, zero.clone(), zero.clone()
+
+
+def _restore(rows: Tensor, shape: tuple[int, ...], channel_last: bool) -> Tensor:
+    z = rows.view(*shape, rows.shape[1])
+    return z if channel_last else z.movedim(-1, 1).contiguous()
+
+
+def _autocast(z: Tensor) -> bool:
+    device_type = z.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _full_precision(z: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(z.device.type, enabled=False) if _autocast(z) else nullcontext()
+
+
+def _one_of(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name}: expected one of {', '.join(get_args(choices))}, got {value!r}")
