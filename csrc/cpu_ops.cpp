@@ -1,0 +1,232 @@
+// CPU implementations: tensors in, raw pointers to kernels/cpu, tensors out. No arithmetic here.
+#include <cstring>
+
+#include "csrc/arguments.h"
+#include "kernels/cpu/codebook.h"
+
+namespace ibq {
+namespace {
+
+cpu::DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return cpu::DType::kFloat32;
+    case ScalarType::BFloat16:
+      return cpu::DType::kBFloat16;
+    case ScalarType::Half:
+      return cpu::DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+}
+
+const cpu::Kernels& kernels() {
+  const cpu::Kernels* k = cpu::kernels();
+  STD_TORCH_CHECK(k != nullptr, "IBQ_FAST_CPU_ISA: expected one of ", cpu::available_isas());
+  return *k;
+}
+
+// torch's own thread pool, lent to the kernels.
+cpu::Parallel torch_parallel() {
+  cpu::Parallel p;
+  p.threads = static_cast<int>(torch::stable::get_num_threads());
+  p.run = [](int tasks, void (*body)(void*, int), void* context) {
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) body(context, static_cast<int>(t));
+    });
+  };
+  return p;
+}
+
+// Operands made contiguous, and the Problem that points at them.
+struct Operands {
+  Tensor z, codebook;
+  std::optional<Tensor> bias;
+  cpu::Problem problem;
+
+  Operands(const Tensor& z_in, const Tensor& codebook_in, const std::optional<Tensor>& bias_in,
+           double scale) {
+    check_operands(z_in, codebook_in, bias_in);
+    z = torch::stable::contiguous(z_in);
+    codebook = torch::stable::contiguous(codebook_in);
+    bias = contiguous(bias_in);
+    problem.dtype = dtype_of(z, "z");
+    problem.z = z.const_data_ptr();
+    problem.codebook = codebook.const_data_ptr();
+    problem.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+    problem.n = z.size(0);
+    problem.k = codebook.size(0);
+    problem.d = codebook.size(1);
+    problem.scale = static_cast<float>(scale);
+  }
+};
+
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+void check_memory(bool ok) { STD_TORCH_CHECK(ok, "ibq_fast: not enough memory for the kernel's workspace"); }
+
+std::tuple<Tensor, Tensor, Tensor> codebook_search(Tensor z, Tensor codebook, std::optional<Tensor> bias,
+                                                   double scale, bool with_lse) {
+  const Operands in(z, codebook, bias, scale);
+  const int64_t n = in.problem.n;
+  Tensor indices = new_of(z, {n}, ScalarType::Long);
+  Tensor max = new_of(z, {n}, ScalarType::Float);
+  Tensor lse = new_of(z, {with_lse ? n : 0}, ScalarType::Double);
+  if (n > 0) {
+    cpu::Forward out;
+    out.indices = data<int64_t>(indices);
+    out.max = data<float>(max);
+    out.lse = with_lse ? data<double>(lse) : nullptr;
+    check_memory(kernels().forward(in.problem, out, torch_parallel()));
+  }
+  return {indices, max, torch::stable::to(lse, ScalarType::Float)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> straight_through_select(Tensor z, Tensor codebook,
+                                                                           std::optional<Tensor> bias,
+                                                                           double scale) {
+  const Operands in(z, codebook, bias, scale);
+  const int64_t n = in.problem.n, d = in.problem.d;
+  Tensor z_q = new_of(z, {n, d}, z.scalar_type());
+  Tensor codes = new_of(z, {n, d}, z.scalar_type());
+  Tensor indices = new_of(z, {n}, ScalarType::Long);
+  Tensor lse = new_of(z, {n}, ScalarType::Double);
+  Tensor readout = new_of(z, {n, d}, ScalarType::Float);
+  if (n > 0) {
+    cpu::Forward out;
+    out.indices = data<int64_t>(indices);
+    out.lse = data<double>(lse);
+    out.readout = data<float>(readout);
+    check_memory(kernels().forward(in.problem, out, torch_parallel()));
+    const int64_t row_bytes = d * static_cast<int64_t>(z.element_size());
+    cpu::gather_rows(in.problem.codebook, data<int64_t>(indices), n, row_bytes, z_q.mutable_data_ptr(),
+                     torch_parallel());
+    std::memcpy(codes.mutable_data_ptr(), z_q.const_data_ptr(), static_cast<size_t>(n * row_bytes));
+  }
+  return {z_q, codes, indices, lse, readout};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gradients(const Operands& in, cpu::Backward& args) {
+  const int64_t n = in.problem.n, k = in.problem.k, d = in.problem.d;
+  Tensor grad_z = new_of(in.z, {n, d}, ScalarType::Float);
+  Tensor grad_codebook = new_of(in.z, {k, d}, ScalarType::Float);
+  Tensor grad_bias = new_of(in.z, {in.bias ? k : 0}, ScalarType::Float);
+  if (n > 0) {
+    args.grad_z = data<float>(grad_z);
+    args.grad_codebook = data<float>(grad_codebook);
+    args.grad_bias = in.bias ? data<float>(grad_bias) : nullptr;
+    check_memory(kernels().backward(in.problem, args, torch_parallel()));
+  } else {
+    torch::stable::zero_(grad_codebook);
+    torch::stable::zero_(grad_bias);
+  }
+  return {grad_z, grad_codebook, grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> straight_through_select_backward(Tensor grad_z_q, Tensor grad_codes,
+                                                                    Tensor z, Tensor codebook,
+                                                                    std::optional<Tensor> bias, double scale,
+                                                                    Tensor indices, Tensor lse,
+                                                                    Tensor readout) {
+  const Operands in(z, codebook, bias, scale);
+  const int64_t n = in.problem.n, k = in.problem.k, d = in.problem.d;
+  check_shape(grad_z_q, "grad_z_q", {n, d}, z.scalar_type());
+  check_shape(grad_codes, "grad_codes", {n, d}, z.scalar_type());
+  check_shape(indices, "indices", {n}, ScalarType::Long);
+  check_shape(lse, "lse", {n}, ScalarType::Double);
+  check_shape(readout, "readout", {n, d}, ScalarType::Float);
+  grad_z_q = torch::stable::contiguous(grad_z_q);
+  grad_codes = torch::stable::contiguous(grad_codes);
+  indices = torch::stable::contiguous(indices);
+  lse = torch::stable::contiguous(lse);
+  readout = torch::stable::contiguous(readout);
+  cpu::Backward args;
+  args.grad_z_q = grad_z_q.const_data_ptr();
+  args.lse = static_cast<const double*>(lse.const_data_ptr());
+  args.readout = static_cast<const float*>(readout.const_data_ptr());
+  auto [grad_z, grad_codebook, grad_bias] = gradients(in, args);
+  const auto* at = static_cast<const int64_t*>(indices.const_data_ptr());
+  for (int64_t i = 0; i < n; ++i)
+    STD_TORCH_CHECK(at[i] >= 0 && at[i] < k, "indices: expected values in [0, ", k, "), got ", at[i]);
+  cpu::scatter_add_rows(in.problem.dtype, grad_z_q.const_data_ptr(), grad_codes.const_data_ptr(), at, n, k, d,
+                        data<float>(grad_codebook), torch_parallel());
+  return {torch::stable::to(grad_z, z.scalar_type()), torch::stable::to(grad_codebook, z.scalar_type()),
+          grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> softmax_statistics(Tensor z, Tensor codebook, std::optional<Tensor> bias,
+                                                      double scale, double temperature) {
+  const Operands in(z, codebook, bias, scale);
+  STD_TORCH_CHECK(temperature > 0, "temperature: expected a positive number, got ", temperature);
+  const int64_t n = in.problem.n;
+  Tensor row_entropy = new_of(z, {n}, ScalarType::Float);
+  Tensor mean_prob = new_of(z, {in.problem.k}, ScalarType::Float);
+  Tensor lse = new_of(z, {n}, ScalarType::Double);
+  if (n > 0) {
+    cpu::Forward out;
+    out.temperature = static_cast<float>(temperature);
+    out.row_entropy = data<float>(row_entropy);
+    out.mean_prob = data<float>(mean_prob);
+    out.lse_tau = data<double>(lse);
+    check_memory(kernels().forward(in.problem, out, torch_parallel()));
+  } else {
+    torch::stable::zero_(mean_prob);
+  }
+  return {row_entropy, mean_prob, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> softmax_statistics_backward(Tensor grad_row_entropy, Tensor grad_mean_prob,
+                                                               Tensor z, Tensor codebook,
+                                                               std::optional<Tensor> bias, double scale,
+                                                               double temperature, Tensor lse,
+                                                               Tensor row_entropy) {
+  const Operands in(z, codebook, bias, scale);
+  STD_TORCH_CHECK(temperature > 0, "temperature: expected a positive number, got ", temperature);
+  const int64_t n = in.problem.n, k = in.problem.k;
+  check_shape(grad_row_entropy, "grad_row_entropy", {n}, ScalarType::Float);
+  check_shape(grad_mean_prob, "grad_mean_prob", {k}, ScalarType::Float);
+  check_shape(lse, "lse", {n}, ScalarType::Double);
+  check_shape(row_entropy, "row_entropy", {n}, ScalarType::Float);
+  grad_row_entropy = torch::stable::contiguous(grad_row_entropy);
+  grad_mean_prob = torch::stable::contiguous(grad_mean_prob);
+  lse = torch::stable::contiguous(lse);
+  row_entropy = torch::stable::contiguous(row_entropy);
+  cpu::Backward args;
+  args.temperature = static_cast<float>(temperature);
+  args.lse_tau = static_cast<const double*>(lse.const_data_ptr());
+  args.row_entropy = static_cast<const float*>(row_entropy.const_data_ptr());
+  args.grad_row_entropy = static_cast<const float*>(grad_row_entropy.const_data_ptr());
+  args.grad_mean_prob = static_cast<const float*>(grad_mean_prob.const_data_ptr());
+  auto [grad_z, grad_codebook, grad_bias] = gradients(in, args);
+  return {torch::stable::to(grad_z, z.scalar_type()), torch::stable::to(grad_codebook, z.scalar_type()),
+          grad_bias};
+}
+
+Tensor code_histogram(Tensor indices, int64_t codebook_size) {
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, "indices: expected int64");
+  STD_TORCH_CHECK(codebook_size >= 1, "codebook_size: expected at least 1, got ", codebook_size);
+  Tensor counts = new_of(indices, {codebook_size}, ScalarType::Long);
+  Tensor flat = torch::stable::contiguous(indices);
+  const auto* at = static_cast<const int64_t*>(flat.const_data_ptr());
+  const int64_t bad =
+      cpu::histogram(at, flat.numel(), codebook_size, data<int64_t>(counts), torch_parallel());
+  STD_TORCH_CHECK(bad < 0, "indices: expected values in [0, ", codebook_size, "), got ",
+                  at[bad < 0 ? 0 : bad], " at position ", bad);
+  return counts;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ibq_fast, CPU, m) {
+  m.impl("codebook_search", TORCH_BOX(&codebook_search));
+  m.impl("straight_through_select", TORCH_BOX(&straight_through_select));
+  m.impl("straight_through_select_backward", TORCH_BOX(&straight_through_select_backward));
+  m.impl("softmax_statistics", TORCH_BOX(&softmax_statistics));
+  m.impl("softmax_statistics_backward", TORCH_BOX(&softmax_statistics_backward));
+  m.impl("code_histogram", TORCH_BOX(&code_histogram));
+}
+
+}  // namespace ibq

@@ -1,0 +1,24 @@
+// The op schemas: the one place where the native ops are declared. What each computes is documented in
+// ibq_fast/ops; here is only their shape for the dispatcher.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(ibq_fast, m) {
+  m.def(
+      "codebook_search(Tensor z, Tensor codebook, Tensor? bias, float scale, bool with_lse)"
+      " -> (Tensor indices, Tensor max, Tensor lse)");
+  m.def(
+      "straight_through_select(Tensor z, Tensor codebook, Tensor? bias, float scale)"
+      " -> (Tensor z_q, Tensor codes, Tensor indices, Tensor lse, Tensor readout)");
+  m.def(
+      "straight_through_select_backward(Tensor grad_z_q, Tensor grad_codes, Tensor z, Tensor codebook,"
+      " Tensor? bias, float scale, Tensor indices, Tensor lse, Tensor readout)"
+      " -> (Tensor grad_z, Tensor grad_codebook, Tensor grad_bias)");
+  m.def(
+      "softmax_statistics(Tensor z, Tensor codebook, Tensor? bias, float scale, float temperature)"
+      " -> (Tensor row_entropy, Tensor mean_prob, Tensor lse)");
+  m.def(
+      "softmax_statistics_backward(Tensor grad_row_entropy, Tensor grad_mean_prob, Tensor z, Tensor codebook,"
+      " Tensor? bias, float scale, float temperature, Tensor lse, Tensor row_entropy)"
+      " -> (Tensor grad_z, Tensor grad_codebook, Tensor grad_bias)");
+  m.def("code_histogram(Tensor indices, int codebook_size) -> Tensor");
+}

@@ -1,0 +1,230 @@
+// Backward: one sweep in which a block of codes meets all rows; each tile's S (and G = g E^T) is
+// recomputed in L1, turned into dS in place, and spent at once on dz += dS E; the dS of kGroup rows then
+// feeds dE += dS^T z while the block's gradient sits in L2. No N x K array, nothing shared between
+// tasks but read-only operands: dz is kept per code range and dE per row range, added up in order.
+//
+// The entropy group needs r_i = sum_k p_ik c_k of whole rows first: one more sweep of S.
+#pragma once
+
+struct BackwardContext {
+  const Problem& problem;
+  const Backward& in;
+  const Plan& plan;
+  int64_t row, chunk_rows;
+  float* tiles;         // packed rows of z
+  float* cotangents;    // packed rows of g
+  const float* z_rows;  // [chunk_rows][padded]
+  float* delta;         // [chunk] g_i . o_i
+  float* row_dot;       // [code_tasks][chunk] partial r_i
+  float* grad_z;        // [code_tasks][chunk][padded]
+  float* grad_codes;    // [row_tasks][k][d] when row_tasks > 1, else the output itself
+  float* grad_bias;     // [row_tasks][k]
+  float* scratch;       // per task
+  int64_t scratch_stride;
+};
+
+inline void row_dot_task(const BackwardContext& c, int task) {
+  const Plan& plan = c.plan;
+  const Range range(plan, c.chunk_rows, task);
+  float* packed = c.scratch + c.scratch_stride * task;
+  float* bias = packed + kBlock * plan.d;
+  float* logits = bias + kBlock;
+  float* dots = c.row_dot + (int64_t)range.code_task * plan.chunk;
+  const F inverse_tau = set1(1.0f / c.in.temperature);
+  for (int64_t r = range.row0; r < range.row1; ++r) dots[r] = 0.0f;
+  for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
+    const Block block = load_block(c.problem, plan, code0, range.code1, packed, nullptr, bias);
+    const int columns = block.panels * kNR;
+    float weights[kBlock] = {};
+    memcpy(weights, c.in.grad_mean_prob + code0, sizeof(float) * block.codes);
+    for (int64_t r = range.row0; r < range.row1; r += kMR) {
+      logits_tile(c.tiles + r * plan.d, packed, plan.d, block.panels, c.problem.scale, bias, logits);
+      for (int i = 0; i < kMR && r + i < c.chunk_rows; ++i) {
+        const SplitLse lse(c.in.lse_tau[c.row + r + i]);
+        F sum = F{};
+        for (int j = 0; j < columns; j += kWidth)
+          sum += exp_of(lse.below(load(logits + i * kBlock + j) * inverse_tau)) * load(weights + j);
+        dots[r + i] += (float)horizontal_sum(sum);
+      }
+    }
+  }
+}
+
+// dS of one row of a tile, in place of its logits x; g: its row of g E^T.
+template <bool kSelect, bool kEntropy>
+IBQ_INLINE void logit_gradient_row(const BackwardContext& c, int64_t r, int columns, const float* g,
+                                   const float* weights, float* x) {
+  const int64_t row = c.row + r;
+  const SplitLse lse(kSelect ? c.in.lse[row] : 0.0), lse_t(kEntropy ? c.in.lse_tau[row] : 0.0);
+  const F delta = set1(kSelect ? c.delta[r] : 0.0f);
+  const F inverse_tau = set1(1.0f / c.in.temperature);
+  // p/tau [ -a (log p + H) + (c_j - r)/N ] = p [ log p * slope + c_j * share + offset ]
+  F slope = F{}, share = F{}, offset = F{};
+  if (kEntropy) {
+    const float a = c.in.grad_row_entropy[row], tau = c.in.temperature;
+    const float inverse_n = 1.0f / (float)c.problem.n;
+    float dot = 0;
+    for (int t = 0; t < c.plan.code_tasks; ++t) dot += c.row_dot[(int64_t)t * c.plan.chunk + r];
+    slope = set1(-a / tau);
+    share = set1(inverse_n / tau);
+    offset = set1((-a * c.in.row_entropy[row] - dot * inverse_n) / tau);
+  }
+  for (int j = 0; j < columns; j += kWidth) {
+    const F v = load(x + j);
+    F ds = F{};
+    if (kSelect) ds = exp_of(lse.below(v)) * (load(g + j) - delta);
+    if (kEntropy) {
+      const F log_p = lse_t.below(v * inverse_tau);
+      const F p = exp_of(log_p);
+      ds += p * (max_of(log_p, set1(-1e4f)) * slope + (load(weights + j) * share + offset));
+    }
+    store(x + j, ds);
+  }
+}
+
+template <bool kSelect, bool kEntropy>
+void backward_task(const BackwardContext& c, int task) {
+  const Plan& plan = c.plan;
+  const Range range(plan, c.chunk_rows, task);
+  float* packed = c.scratch + c.scratch_stride * task;
+  float* bias = packed + kBlock * plan.d;
+  float* logits = bias + kBlock;               // [kGroup][kBlock]: S, then dS
+  float* products = logits + kGroup * kBlock;  // [kMR][kBlock]: G
+  float* rows_scratch = products + kMR * kBlock;
+  float* block_grad = rows_scratch + kBlock * plan.padded;  // [kBlock][padded]
+  float zero_bias[kBlock] = {};
+  float ones[kMR];
+  for (int i = 0; i < kMR; ++i) ones[i] = 1.0f;
+  float* grad_z = c.grad_z + (int64_t)range.code_task * plan.chunk * plan.padded;
+  memset(grad_z + range.row0 * plan.padded, 0, sizeof(float) * (range.row1 - range.row0) * plan.padded);
+
+  for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
+    const Block block = load_block(c.problem, plan, code0, range.code1, packed, rows_scratch, bias);
+    const int columns = block.panels * kNR;
+    float weights[kBlock] = {}, bias_grad[kBlock] = {};
+    if (kEntropy) memcpy(weights, c.in.grad_mean_prob + code0, sizeof(float) * block.codes);
+    memset(block_grad, 0, sizeof(float) * kBlock * plan.padded);
+    for (int64_t group = range.row0; group < range.row1; group += kGroup) {
+      const int64_t group_end = min_of(group + kGroup, range.row1);
+      for (int64_t r = group; r < group_end; r += kMR) {
+        float* x = logits + (r - group) * kBlock;
+        logits_tile(c.tiles + r * plan.d, packed, plan.d, block.panels, c.problem.scale, bias, x);
+        if (kSelect)
+          logits_tile(c.cotangents + r * plan.d, packed, plan.d, block.panels, 1.0f, zero_bias, products);
+        for (int i = 0; i < kMR; ++i) {
+          if (r + i < c.chunk_rows)
+            logit_gradient_row<kSelect, kEntropy>(c, r + i, columns, products + i * kBlock, weights,
+                                                  x + i * kBlock);
+          else
+            memset(x + i * kBlock, 0, sizeof(float) * columns);
+          if (c.grad_bias)
+            for (int j = 0; j < columns; j += kWidth)
+              store(bias_grad + j, load(bias_grad + j) + load(x + i * kBlock + j));
+        }
+        combine_tile(x, block.rows, block.codes, plan.padded, ones, grad_z + r * plan.padded);
+      }
+      const int64_t live = min_of(group_end, c.chunk_rows) - group;
+      if (live > 0)
+        accumulate_transposed(logits, c.z_rows + group * plan.padded, live, block.codes, plan.padded,
+                              block_grad);
+    }
+    float* out = c.grad_codes + ((int64_t)range.row_task * plan.k + code0) * plan.d;
+    for (int64_t j = 0; j < block.codes; ++j)
+      for (int64_t e = 0; e < plan.d; ++e)
+        out[j * plan.d + e] += c.problem.scale * block_grad[j * plan.padded + e];
+    if (c.grad_bias)
+      for (int64_t j = 0; j < block.codes; ++j)
+        c.grad_bias[range.row_task * plan.k + code0 + j] += bias_grad[j];
+  }
+}
+
+// delta_i = g_i . o_i of the chunk's rows.
+inline void fill_delta(const BackwardContext& c, int64_t r0, int64_t r1, float* scratch_row) {
+  for (int64_t r = r0; r < r1; ++r) {
+    const float* g =
+        widen_rows(c.problem.dtype, c.in.grad_z_q, c.row + r, 1, c.plan.d, c.plan.padded, scratch_row);
+    const float* o = c.in.readout + (c.row + r) * c.plan.d;
+    double dot = 0;
+    for (int64_t j = 0; j < c.plan.d; ++j) dot += (double)g[j] * o[j];
+    c.delta[r] = (float)dot;
+  }
+}
+
+// Adds the parts [parts][count] up into out, a task for each slice.
+inline void reduce_parts(const float* parts, int count_of_parts, int64_t stride, int64_t count, float* out,
+                         const Parallel& parallel) {
+  const int tasks = (int)min_of(parallel.threads, count);
+  run_tasks(parallel, tasks, [&](int t) {
+    for (int64_t i = count * t / tasks; i < count * (t + 1) / tasks; ++i) {
+      float sum = parts[i];
+      for (int q = 1; q < count_of_parts; ++q) sum += parts[q * stride + i];
+      out[i] = sum;
+    }
+  });
+}
+
+template <bool kSelect, bool kEntropy>
+bool run_backward(const Problem& p, const Backward& in, const Parallel& parallel) {
+  const Plan plan(p, parallel.threads);
+  Workspace workspace;
+  BackwardContext c{p,       in,      plan,    0,       0,       nullptr, nullptr, nullptr,
+                    nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0};
+  c.scratch_stride =
+      round_up(kBlock * plan.d + kBlock + (kGroup + kMR) * kBlock + 2 * kBlock * plan.padded, 16);
+  const bool split_rows = plan.row_tasks > 1;
+  float* widened = nullptr;
+  float* row_scratch = nullptr;
+  workspace.add(&c.tiles, plan.chunk * plan.d);
+  workspace.add(&c.scratch, c.scratch_stride * plan.tasks());
+  workspace.add(&c.grad_z, plan.code_tasks * plan.chunk * plan.padded);
+  workspace.add(&widened, plan.chunk * plan.padded);
+  if (kSelect) {
+    workspace.add(&c.cotangents, plan.chunk * plan.d);
+    workspace.add(&c.delta, plan.chunk);
+    workspace.add(&row_scratch, plan.padded * parallel.threads);
+  }
+  if (kEntropy) workspace.add(&c.row_dot, plan.code_tasks * plan.chunk);
+  if (split_rows) workspace.add(&c.grad_codes, plan.row_tasks * plan.k * plan.d);
+  if (in.grad_bias) workspace.add(&c.grad_bias, plan.row_tasks * plan.k);
+  if (!workspace.allocate()) return false;
+  if (!split_rows) c.grad_codes = in.grad_codebook;
+  memset(c.grad_codes, 0, sizeof(float) * plan.row_tasks * plan.k * plan.d);
+  if (c.grad_bias) memset(c.grad_bias, 0, sizeof(float) * plan.row_tasks * plan.k);
+
+  for (c.row = 0; c.row < plan.n; c.row += plan.chunk) {
+    c.chunk_rows = min_of(plan.chunk, plan.n - c.row);
+    pack_row_tiles(p, p.z, c.row, c.chunk_rows, c.tiles, parallel);
+    if (kSelect) {
+      pack_row_tiles(p, in.grad_z_q, c.row, c.chunk_rows, c.cotangents, parallel);
+      const int tasks = (int)min_of(parallel.threads, c.chunk_rows);
+      run_tasks(parallel, tasks, [&](int t) {
+        fill_delta(c, c.chunk_rows * t / tasks, c.chunk_rows * (t + 1) / tasks,
+                   row_scratch + t * plan.padded);
+      });
+    }
+    c.z_rows = widen_rows(p.dtype, p.z, c.row, c.chunk_rows, plan.d, plan.padded, widened);
+    if (kEntropy) run_tasks(parallel, plan.tasks(), [&](int t) { row_dot_task(c, t); });
+    run_tasks(parallel, plan.tasks(), [&](int t) { backward_task<kSelect, kEntropy>(c, t); });
+    const int tasks = (int)min_of(parallel.threads, c.chunk_rows);
+    run_tasks(parallel, tasks, [&](int t) {
+      for (int64_t r = c.chunk_rows * t / tasks; r < c.chunk_rows * (t + 1) / tasks; ++r)
+        for (int64_t j = 0; j < plan.d; ++j) {
+          float sum = 0;
+          for (int q = 0; q < plan.code_tasks; ++q)
+            sum += c.grad_z[((int64_t)q * plan.chunk + r) * plan.padded + j];
+          in.grad_z[(c.row + r) * plan.d + j] = p.scale * sum;
+        }
+    });
+  }
+  if (split_rows)
+    reduce_parts(c.grad_codes, plan.row_tasks, plan.k * plan.d, plan.k * plan.d, in.grad_codebook, parallel);
+  if (in.grad_bias) reduce_parts(c.grad_bias, plan.row_tasks, plan.k, plan.k, in.grad_bias, parallel);
+  return true;
+}
+
+inline bool backward(const Problem& p, const Backward& in, const Parallel& parallel) {
+  const bool select = in.grad_z_q, entropy = in.row_entropy;
+  if (select && entropy) return run_backward<true, true>(p, in, parallel);
+  if (select) return run_backward<true, false>(p, in, parallel);
+  return run_backward<false, true>(p, in, parallel);
+}

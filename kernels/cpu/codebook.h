@@ -1,0 +1,98 @@
+// The CPU kernels' surface: raw pointers and sizes, no PyTorch. Everything here is declared once and
+// implemented once per instruction set (isa_*.cpp); dispatch.cpp chooses at run time.
+//
+// Notation (docs/architecture.md, section "Mathematics"):
+//   z [N, D] features, E [K, D] codebook, S = scale * z E^T + bias [N, K] logits, never stored.
+#pragma once
+
+#include <cstdint>
+
+namespace ibq::cpu {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// How kernels run in parallel: the caller lends its thread pool. `run` calls body(context, task) for
+// every task in [0, tasks), in any order, and returns when all are done.
+struct Parallel {
+  int threads = 1;
+  void (*run)(int tasks, void (*body)(void* context, int task), void* context) = nullptr;
+};
+
+// The operands every codebook kernel shares. z and codebook are row-major and contiguous.
+struct Problem {
+  DType dtype = DType::kFloat32;
+  const void* z = nullptr;         // [N, D]
+  const void* codebook = nullptr;  // [K, D]
+  const float* bias = nullptr;     // [K] or null
+  int64_t n = 0, k = 0, d = 0;
+  float scale = 1.0f;
+};
+
+// Forward. Null outputs are not computed; the entropy group is computed when row_entropy is given.
+//   indices  argmax_j S_ij, ties to the lowest j; a row with no finite logit gives 0
+//   max      max_j S_ij (NaN for such a row)
+//   lse      log sum_j exp S_ij, float64 so that exp(S - lse) keeps float32 accuracy for large |S|
+//   readout  softmax(S) E, [N, D] float32
+//   lse_tau, row_entropy, mean_prob: log-sum-exp of S/tau, entropy of its softmax's rows, mean of its rows
+// Cost: one sweep of 2NKD (+2NKD with readout, +2NKD with mean_prob).
+struct Forward {
+  int64_t* indices = nullptr;
+  float* max = nullptr;
+  double* lse = nullptr;
+  float* readout = nullptr;
+  float temperature = 1.0f;
+  double* lse_tau = nullptr;
+  float* row_entropy = nullptr;
+  float* mean_prob = nullptr;
+};
+
+// Backward of either group or both at once (the sum of their gradients, one pass over S).
+//   select group (grad_z_q given): dS = P (g_i . E_j - g_i . o_i), P = softmax(S)
+//   entropy group (row_entropy given): dS = p/tau [ -a_i (log p + H_i) + (c_j - sum_k p_ik c_k) / N ], p =
+//   softmax(S/tau)
+// grad_z [N, D], grad_codebook [K, D] and grad_bias [K] (or null) are float32 and overwritten; the hard
+// path's scatter-add into grad_codebook is scatter_add_rows. Cost per group: select S, G, dz, dE = 8NKD;
+// entropy S, S, dz, dE = 8NKD; both: 10NKD.
+struct Backward {
+  const void* grad_z_q = nullptr;  // [N, D], dtype of the problem
+  const double* lse = nullptr;
+  const float* readout = nullptr;
+  float temperature = 1.0f;
+  const double* lse_tau = nullptr;
+  const float* row_entropy = nullptr;
+  const float* grad_row_entropy = nullptr;  // [N]
+  const float* grad_mean_prob = nullptr;    // [K]
+  float* grad_z = nullptr;
+  float* grad_codebook = nullptr;
+  float* grad_bias = nullptr;
+};
+
+// One instruction set's kernels. Functions return false when workspace cannot be allocated.
+struct Kernels {
+  const char* name;
+  bool (*forward)(const Problem&, const Forward&, const Parallel&);
+  bool (*backward)(const Problem&, const Backward&, const Parallel&);
+};
+
+// The kernels of the best instruction set this CPU has, or of the one that the environment variable
+// IBQ_FAST_CPU_ISA names (avx512, avx2, portable). Null if the named one is unknown or absent here.
+const Kernels* kernels();
+// Comma-separated names of the sets that this build has and this CPU can run, best first.
+const char* available_isas();
+// Same choice, by name instead of by environment; null when unavailable.
+const Kernels* kernels_named(const char* name);
+
+// dst[i] = table[indices[i]], rows of row_bytes bytes.
+void gather_rows(const void* table, const int64_t* indices, int64_t n, int64_t row_bytes, void* dst,
+                 const Parallel&);
+
+// grad_codebook[indices[i]] += a[i] + b[i] in float32; a, b [N, D] of `dtype`, either may be null.
+// Each code is owned by one task, rows are added in order: deterministic for any thread count.
+void scatter_add_rows(DType dtype, const void* a, const void* b, const int64_t* indices, int64_t n, int64_t k,
+                      int64_t d, float* grad_codebook, const Parallel&);
+
+// counts[j] = number of i with indices[i] == j. Returns the position of the first index outside [0, k), or
+// -1.
+int64_t histogram(const int64_t* indices, int64_t n, int64_t k, int64_t* counts, const Parallel&);
+
+}  // namespace ibq::cpu

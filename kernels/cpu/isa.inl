@@ -1,0 +1,27 @@
+// The body of one instruction set's translation unit; the including file defines IBQ_ISA_NAME and the
+// name of its Kernels object. Everything lives in an anonymous namespace: see simd.h.
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cpu/codebook.h"
+
+namespace ibq::cpu {
+namespace {
+#include "kernels/cpu/simd.h"
+// clang-format off: order matters
+#include "kernels/cpu/pack.h"
+#include "kernels/cpu/tile.h"
+#include "kernels/cpu/plan.h"
+#include "kernels/cpu/forward.h"
+#include "kernels/cpu/backward.h"
+// clang-format on
+}  // namespace
+
+extern const Kernels IBQ_KERNELS;
+const Kernels IBQ_KERNELS = {IBQ_ISA_NAME, &forward, &backward};
+}  // namespace ibq::cpu

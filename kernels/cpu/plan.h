@@ -1,0 +1,124 @@
+// How one call is cut into tasks, and the workspace it needs.
+#pragma once
+
+IBQ_INLINE int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
+IBQ_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows are taken in chunks (this bounds the workspace whatever N); inside a chunk, tasks form a grid of
+// row ranges x code ranges. Splitting codes shares the packing of a block among all rows and keeps the
+// codebook's gradient private to one task, so it comes first; rows are split when there are too few
+// codes for the threads. Results of the code ranges are merged in order: same threads, same bits.
+struct Plan {
+  int64_t n, k, d, padded;  // padded: d rounded up to kNR
+  int code_tasks, row_tasks;
+  int64_t codes_per_task;        // multiple of kNR
+  int64_t chunk, rows_per_task;  // multiples of kMR
+
+  Plan(const Problem& p, int threads) : n(p.n), k(p.k), d(p.d), padded(round_up(p.d, kNR)) {
+    int64_t most = p.k / (2 * kBlock);
+    code_tasks = (int)(most < 1 ? 1 : min_of(most, threads));
+    codes_per_task = round_up((p.k + code_tasks - 1) / code_tasks, kNR);
+    code_tasks = (int)((p.k + codes_per_task - 1) / codes_per_task);
+    int64_t tiles = (p.n + kMR - 1) / kMR;
+    row_tasks = (int)min_of(threads / code_tasks < 1 ? 1 : threads / code_tasks, tiles < 1 ? 1 : tiles);
+    chunk = min_of(round_up(2048, kMR) * row_tasks, tiles * kMR);
+    rows_per_task = round_up((chunk + row_tasks - 1) / row_tasks, kMR);
+    row_tasks = (int)((chunk + rows_per_task - 1) / rows_per_task);
+  }
+
+  int tasks() const { return code_tasks * row_tasks; }
+};
+
+// What one task covers: rows [row0, row1) of the chunk (whole tiles), codes [code0, code1).
+struct Range {
+  int code_task, row_task;
+  int64_t row0, row1, code0, code1;
+
+  Range(const Plan& plan, int64_t chunk_rows, int task) {
+    code_task = task % plan.code_tasks;
+    row_task = task / plan.code_tasks;
+    row0 = min_of((int64_t)row_task * plan.rows_per_task, round_up(chunk_rows, kMR));
+    row1 = min_of(row0 + plan.rows_per_task, round_up(chunk_rows, kMR));
+    code0 = (int64_t)code_task * plan.codes_per_task;
+    code1 = min_of(code0 + plan.codes_per_task, plan.k);
+  }
+};
+
+// A bump allocator over one aligned block: sizes are added up first, then pointers handed out.
+class Workspace {
+ public:
+  ~Workspace() { free(base_); }
+  // Declares a buffer of `count` T; its pointer is set when allocate() succeeds.
+  template <typename T>
+  void add(T** pointer, int64_t count) {
+    slots_[used_++] = Slot{reinterpret_cast<void**>(pointer), size_};
+    size_ += round_up(count * (int64_t)sizeof(T), 64) + 64;
+  }
+  bool allocate() {
+    if (posix_memalign(&base_, 4096, size_ < 64 ? 64 : (size_t)size_) != 0) {
+      base_ = nullptr;
+      return false;
+    }
+    for (int i = 0; i < used_; ++i) *slots_[i].pointer = static_cast<char*>(base_) + slots_[i].offset;
+    return true;
+  }
+
+ private:
+  struct Slot {
+    void** pointer;
+    int64_t offset;
+  };
+  Slot slots_[24];
+  int used_ = 0;
+  int64_t size_ = 0;
+  void* base_ = nullptr;
+};
+
+// A code range's block, packed for logits_tile and, when wanted, as padded rows for combine_tile.
+struct Block {
+  int64_t code0, codes;  // codes <= kBlock
+  int panels;
+  const float* packed;
+  const float* rows;
+  const float* bias;  // [kBlock], columns past the codebook hold kMasked
+};
+
+// The logit of a column that does not exist: far below any real one, finite so that 0 * it is 0.
+constexpr float kMasked = -1e30f;
+
+IBQ_INLINE Block load_block(const Problem& p, const Plan& plan, int64_t code0, int64_t code1, float* packed,
+                            float* rows_scratch, float* bias) {
+  Block b;
+  b.code0 = code0;
+  b.codes = min_of(kBlock, code1 - code0);
+  b.panels = (int)((b.codes + kNR - 1) / kNR);
+  pack_panels(p.dtype, p.codebook, code0, b.codes, p.d, kNR, packed);
+  b.packed = packed;
+  b.rows = rows_scratch ? widen_rows(p.dtype, p.codebook, code0, b.codes, p.d, plan.padded, rows_scratch)
+                        : nullptr;
+  for (int64_t j = 0; j < kBlock; ++j) bias[j] = j >= b.codes ? kMasked : (p.bias ? p.bias[code0 + j] : 0.0f);
+  b.bias = bias;
+  return b;
+}
+
+template <typename Body>
+void run_tasks(const Parallel& parallel, int tasks, const Body& body) {
+  auto call = [](void* context, int task) { (*static_cast<const Body*>(context))(task); };
+  if (parallel.run && tasks > 1) {
+    parallel.run(tasks, call, const_cast<Body*>(&body));
+  } else {
+    for (int t = 0; t < tasks; ++t) body(t);
+  }
+}
+
+// Packs the rows [row, row + rows) into tiles [tile][d][kMR], in parallel.
+inline void pack_row_tiles(const Problem& p, const void* src, int64_t row, int64_t rows, float* out,
+                           const Parallel& parallel) {
+  int64_t tiles = (rows + kMR - 1) / kMR;
+  int tasks = (int)min_of(parallel.threads, tiles);
+  run_tasks(parallel, tasks, [&](int t) {
+    int64_t t0 = tiles * t / tasks, t1 = tiles * (t + 1) / tasks;
+    int64_t r0 = t0 * kMR, r1 = min_of(t1 * kMR, rows);
+    pack_panels(p.dtype, src, row + r0, r1 - r0, p.d, kMR, out + r0 * p.d);
+  });
+}

@@ -1,0 +1,285 @@
+// The CPU kernels of every instruction set this machine can run, against plain double loops: ragged sizes,
+// ties, NaN rows, bias and scale, bf16 and fp16, one and several threads.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels/cpu/codebook.h"
+
+namespace {
+
+using namespace ibq::cpu;
+int failures = 0;
+
+void expect(bool ok, const std::string& what) {
+  if (ok) return;
+  ++failures;
+  std::printf("FAILED: %s\n", what.c_str());
+}
+
+Parallel threads(int count) {
+  Parallel p;
+  p.threads = count;
+  p.run = [](int tasks, void (*body)(void*, int), void* context) {
+    std::vector<std::thread> pool;
+    for (int t = 0; t < tasks; ++t) pool.emplace_back(body, context, t);
+    for (auto& t : pool) t.join();
+  };
+  return p;
+}
+
+uint16_t to_bf16(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+float bf16_value(uint16_t h) {
+  uint32_t u = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+struct Case {
+  int n, k, d;
+  bool bias;
+  float scale, spread, temperature;
+};
+
+// Everything the kernels compute, in double, with the N x K matrices they never form.
+struct Truth {
+  std::vector<int64_t> indices;
+  std::vector<double> max, lse, lse_tau, entropy, mean, readout, grad_z, grad_e, grad_b;
+};
+
+struct Data {
+  std::vector<float> z, e, b, g, a, c;
+};
+
+Truth truth(const Case& s, const Data& x) {
+  Truth t;
+  const int n = s.n, k = s.k, d = s.d;
+  t.mean.assign(k, 0);
+  t.readout.assign(n * d, 0);
+  t.grad_z.assign(n * d, 0);
+  t.grad_e.assign(k * d, 0);
+  t.grad_b.assign(k, 0);
+  std::vector<double> logits(n * k), p(k), q(k);
+  for (int i = 0; i < n; ++i) {
+    double* l = &logits[i * k];
+    for (int j = 0; j < k; ++j) {
+      double dot = 0;
+      for (int m = 0; m < d; ++m) dot += double(x.z[i * d + m]) * x.e[j * d + m];
+      l[j] = s.scale * dot + (s.bias ? x.b[j] : 0.0f);
+    }
+    const int best = static_cast<int>(std::max_element(l, l + k) - l);
+    double sum = 0, sum_t = 0, expect_t = 0;
+    for (int j = 0; j < k; ++j) {
+      sum += std::exp(l[j] - l[best]);
+      sum_t += std::exp((l[j] - l[best]) / s.temperature);
+    }
+    t.indices.push_back(best);
+    t.max.push_back(l[best]);
+    t.lse.push_back(l[best] + std::log(sum));
+    t.lse_tau.push_back(l[best] / s.temperature + std::log(sum_t));
+    for (int j = 0; j < k; ++j) {
+      const double log_p = l[j] / s.temperature - t.lse_tau[i], prob = std::exp(log_p);
+      if (prob > 0) expect_t -= prob * log_p;
+      t.mean[j] += prob / n;
+    }
+    t.entropy.push_back(expect_t);
+  }
+  for (int i = 0; i < n; ++i) {
+    const double* l = &logits[i * k];
+    double delta = 0, r = 0;
+    for (int j = 0; j < k; ++j) {
+      p[j] = std::exp(l[j] - t.lse[i]);
+      q[j] = std::exp(l[j] / s.temperature - t.lse_tau[i]);
+      r += q[j] * x.c[j];
+      for (int m = 0; m < d; ++m) t.readout[i * d + m] += p[j] * x.e[j * d + m];
+    }
+    for (int m = 0; m < d; ++m) delta += double(x.g[i * d + m]) * t.readout[i * d + m];
+    for (int j = 0; j < k; ++j) {
+      double g_dot = 0;
+      for (int m = 0; m < d; ++m) g_dot += double(x.g[i * d + m]) * x.e[j * d + m];
+      const double log_q = l[j] / s.temperature - t.lse_tau[i];
+      double ds = p[j] * (g_dot - delta);
+      if (q[j] > 0) ds += q[j] / s.temperature * (-x.a[i] * (log_q + t.entropy[i]) + (x.c[j] - r) / n);
+      t.grad_b[j] += ds;
+      for (int m = 0; m < d; ++m) {
+        t.grad_z[i * d + m] += s.scale * ds * x.e[j * d + m];
+        t.grad_e[j * d + m] += s.scale * ds * x.z[i * d + m];
+      }
+    }
+  }
+  return t;
+}
+
+template <typename A>
+double worst(const std::vector<A>& got, const std::vector<double>& want) {
+  double scale = 1e-30, error = 0;
+  for (double w : want) scale = std::max(scale, std::fabs(w));
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double difference = std::fabs(double(got[i]) - want[i]);
+    error = std::isnan(difference) ? INFINITY : std::max(error, difference);
+  }
+  return error / scale;
+}
+
+void check_case(const Kernels& kernels, const Case& s, int thread_count, bool bf16) {
+  std::mt19937 rng(s.n * 1000003 + s.k * 1009 + s.d);
+  std::normal_distribution<float> normal;
+  Data x;
+  auto fill = [&](std::vector<float>& v, size_t count, float scale) {
+    v.resize(count);
+    for (auto& f : v) f = normal(rng) * scale;
+  };
+  fill(x.z, s.n * s.d, s.spread);
+  fill(x.e, s.k * s.d, 1.0f);
+  fill(x.b, s.k, 1.0f);
+  fill(x.g, s.n * s.d, 1.0f);
+  fill(x.a, s.n, 1.0f);
+  fill(x.c, s.k, float(s.n));
+  std::vector<uint16_t> z16, e16, g16;
+  if (bf16) {
+    for (auto* pair : {&x.z, &x.e, &x.g}) {
+      auto& narrow = pair == &x.z ? z16 : pair == &x.e ? e16 : g16;
+      for (auto& f : *pair) {
+        narrow.push_back(to_bf16(f));
+        f = bf16_value(narrow.back());
+      }
+    }
+  }
+  const Truth want = truth(s, x);
+
+  Problem p;
+  p.dtype = bf16 ? DType::kBFloat16 : DType::kFloat32;
+  p.z = bf16 ? static_cast<const void*>(z16.data()) : x.z.data();
+  p.codebook = bf16 ? static_cast<const void*>(e16.data()) : x.e.data();
+  p.bias = s.bias ? x.b.data() : nullptr;
+  p.n = s.n, p.k = s.k, p.d = s.d, p.scale = s.scale;
+  const Parallel parallel = threads(thread_count);
+
+  std::vector<int64_t> indices(s.n);
+  std::vector<float> max(s.n), readout(s.n * s.d), entropy(s.n), mean(s.k);
+  std::vector<double> lse(s.n), lse_tau(s.n);
+  Forward f;
+  f.indices = indices.data(), f.max = max.data(), f.lse = lse.data(), f.readout = readout.data();
+  f.temperature = s.temperature, f.lse_tau = lse_tau.data(), f.row_entropy = entropy.data();
+  f.mean_prob = mean.data();
+  std::ostringstream name;
+  name << kernels.name << " n=" << s.n << " k=" << s.k << " d=" << s.d << " bias=" << s.bias
+       << " scale=" << s.scale << " spread=" << s.spread << " threads=" << thread_count
+       << (bf16 ? " bf16" : "");
+  expect(kernels.forward(p, f, parallel), name.str() + " forward");
+  expect(indices == want.indices, name.str() + " indices");
+  // Rounding of a logit of size |S| is about eps sqrt(D) |S|; exponentials turn it into a relative error.
+  const double magnitude = *std::max_element(want.max.begin(), want.max.end());
+  const double eps = 1.2e-7 * std::sqrt(double(s.d) + 4), tol = 8 * eps * (1 + std::fabs(magnitude));
+  const double tol_t = 8 * eps * (1 + std::fabs(magnitude) / s.temperature);
+  auto near = [&](double error, double bound, const char* what) {
+    char text[96];
+    std::snprintf(text, sizeof(text), " %s: error %.3g, bound %.3g", what, error, bound);
+    expect(error <= bound, name.str() + text);
+  };
+  near(worst(max, want.max), tol, "max");
+  near(worst(lse, want.lse), tol, "lse");
+  near(worst(readout, want.readout), tol, "readout");
+  near(worst(lse_tau, want.lse_tau), tol_t, "lse_tau");
+  if (s.k > 1) near(worst(entropy, want.entropy), tol_t, "entropy");
+  near(worst(mean, want.mean), tol_t, "mean");
+
+  std::vector<float> grad_z(s.n * s.d), grad_e(s.k * s.d), grad_b(s.k);
+  Backward b;
+  b.grad_z_q = bf16 ? static_cast<const void*>(g16.data()) : x.g.data();
+  b.lse = lse.data(), b.readout = readout.data(), b.temperature = s.temperature, b.lse_tau = lse_tau.data();
+  b.row_entropy = entropy.data(), b.grad_row_entropy = x.a.data(), b.grad_mean_prob = x.c.data();
+  b.grad_z = grad_z.data(), b.grad_codebook = grad_e.data(), b.grad_bias = grad_b.data();
+  expect(kernels.backward(p, b, parallel), name.str() + " backward");
+  if (s.k > 1) {
+    near(worst(grad_z, want.grad_z), 4 * tol_t, "grad_z");
+    near(worst(grad_e, want.grad_e), 4 * tol_t, "grad_codebook");
+    near(worst(grad_b, want.grad_b), 4 * tol_t, "grad_bias");
+  }
+  std::vector<float> again_z = grad_z, again_e = grad_e;
+  kernels.backward(p, b, parallel);
+  expect(again_z == grad_z && again_e == grad_e, name.str() + " backward is not repeatable");
+}
+
+void check_ties_and_nan(const Kernels& kernels) {
+  const int n = 31, k = 2000, d = 5;
+  std::vector<float> z(n * d, 1.0f), e(k * d, 0.5f);
+  z[7 * d + 2] = NAN;
+  std::vector<int64_t> indices(n);
+  std::vector<float> max(n);
+  std::vector<double> lse(n);
+  Problem p;
+  p.z = z.data(), p.codebook = e.data(), p.n = n, p.k = k, p.d = d;
+  Forward f;
+  f.indices = indices.data(), f.max = max.data(), f.lse = lse.data();
+  expect(kernels.forward(p, f, threads(3)), "ties forward");
+  for (int i = 0; i < n; ++i) {
+    expect(indices[i] == 0, std::string(kernels.name) + ": equal codes must give the lowest index");
+    expect(std::isnan(max[i]) == (i == 7) && std::isnan(lse[i]) == (i == 7),
+           std::string(kernels.name) + ": NaN belongs to the NaN row alone");
+  }
+  int lowest = k;
+  for (int j : {1999, 1200, 1201, 17, 16}) {
+    lowest = std::min(lowest, j);
+    for (int m = 0; m < d; ++m) e[j * d + m] = 0.75f;
+    kernels.forward(p, f, threads(4));
+    expect(indices[0] == lowest, "tie at code " + std::to_string(j));
+  }
+}
+
+void check_rows() {
+  const int n = 1000, k = 37, d = 3;
+  std::mt19937 rng(1);
+  std::vector<int64_t> indices(n), counts(k), want(k, 0);
+  for (auto& i : indices) i = static_cast<int64_t>(rng() % k);
+  for (auto i : indices) ++want[i];
+  expect(histogram(indices.data(), n, k, counts.data(), threads(4)) == -1 && counts == want, "histogram");
+  std::vector<int64_t> many(200000, 5);
+  many[150000] = 37;
+  expect(histogram(many.data(), 200000, k, counts.data(), threads(4)) == 150000,
+         "histogram: bad index found");
+  std::vector<float> a(n * d), b(n * d), grad(k * d, 1.0f), expected(k * d, 1.0f);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = float(rng() % 8), b[i] = float(rng() % 8);
+  for (int i = 0; i < n; ++i)
+    for (int m = 0; m < d; ++m) expected[indices[i] * d + m] += a[i * d + m] + b[i * d + m];
+  scatter_add_rows(DType::kFloat32, a.data(), b.data(), indices.data(), n, k, d, grad.data(), threads(3));
+  expect(grad == expected, "scatter_add_rows");
+}
+
+}  // namespace
+
+int main() {
+  const Case cases[] = {
+      {1, 1, 1, false, 1.0f, 1.0f, 1.0f},         {5, 7, 3, true, 1.0f, 1.0f, 0.5f},
+      {97, 1025, 59, true, 0.5f, 1.0f, 0.1f},     {13, 33, 32, false, 1.0f, 2.0f, 0.05f},
+      {40, 2000, 16, false, 1.0f, 1.0f, 0.02f},   {2100, 90, 8, true, 2.0f, 0.5f, 0.3f},
+      {25, 400, 111, false, 1.0f, 0.001f, 0.01f},
+  };
+  std::istringstream names(available_isas());
+  int isas = 0;
+  for (std::string name; std::getline(names, name, ',');) {
+    const Kernels* k = kernels_named(name.c_str());
+    expect(k != nullptr, "kernels_named(" + name + ")");
+    ++isas;
+    for (const Case& c : cases)
+      for (int t : {1, 3}) check_case(*k, c, t, false);
+    check_case(*k, cases[2], 2, true);
+    check_ties_and_nan(*k);
+  }
+  expect(kernels_named("quantum") == nullptr, "an unknown instruction set must be refused");
+  check_rows();
+  std::printf("%d instruction sets (%s), %d failures\n", isas, available_isas(), failures);
+  return failures != 0;
+}
