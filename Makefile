@@ -1,0 +1,62 @@
+# The two commands of the README: `make quickstart` and `make test`. Both make their own environment in .venv.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
+CPP    := $(shell git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh' 2>/dev/null)
+RUN    ?= runs/quickstart
+
+.PHONY: help quickstart test lint format kernel-tests cuda-check pytest sanitize clean
+
+help:  ## This list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "ibq_fast needs Python 3.10 or newer; set PYTHON=/path/to/python3."; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch 'setuptools>=77' wheel cmake ninja
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# Always asks CMake, which rebuilds only what changed.
+.PHONY: build
+build: $(STAMP)
+	$(PY) setup.py -q build_ext --inplace
+
+quickstart: build  ## Train, sample and report on embedded real images: runs/quickstart/report.md
+	$(PY) -m ibq_fast.quickstart --out $(RUN)
+
+test: lint kernel-tests cuda-check pytest  ## Everything: lint, types, CTest, CUDA compile check, pytest
+
+lint: $(STAMP)  ## ruff, mypy, clang-format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+
+format: $(STAMP)  ## Rewrite sources in the house format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+kernel-tests: build  ## CTest of kernels/, without Python or PyTorch
+	$(VENV)/bin/cmake --build build/cmake --target kernel_tests --parallel $(JOBS)
+	$(VENV)/bin/ctest --test-dir build/cmake --output-on-failure
+
+cuda-check: build  ## Compile the CUDA kernels for sm_80, sm_90a and sm_100a and read registers and spills
+	@if grep -q 'CMAKE_CUDA_COMPILER:' build/cmake/CMakeCache.txt; then \
+	  $(VENV)/bin/cmake --build build/cmake --target ibq_cuda_check; \
+	else echo "cuda-check: no nvcc on this machine, CUDA kernels were not compiled"; fi
+
+pytest: build
+	$(PY) -m pytest -q --durations=15
+
+sanitize: $(STAMP)  ## CTest under the address and undefined-behaviour sanitizers
+	$(VENV)/bin/cmake -S . -B build/sanitize -DIBQ_FAST_SANITIZE=ON -DIBQ_FAST_EXTENSION=OFF -DIBQ_FAST_CUDA=off
+	$(VENV)/bin/cmake --build build/sanitize --target kernel_tests --parallel $(JOBS)
+	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
+
+clean:  ## Remove what was built (the environment stays)
+	rm -rf build dist ibq_fast/*.so *.egg-info
