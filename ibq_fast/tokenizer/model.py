@@ -28,8 +28,8 @@ class Tokenizer(PretrainedMixin, nn.Module):
     """Images to a grid of code indices and back.
 
     Images are [B, image_channels, H, W], uint8 in 0…255 or floating point in [-1, 1], with H and W multiples
-    of ``config.downsampling`` (f); the grid is h = H/f by w = W/f. A wrong shape, dtype, device or range raises
-    ``ValueError``. Moving the model to ``torch.channels_last`` is supported and usually faster.
+    of ``config.downsampling`` (f); the grid is H/f by W/f tokens. A wrong shape, dtype, device or range
+    raises ``ValueError``. Moving the model to ``torch.channels_last`` is supported and usually faster.
 
     Reference checkpoints (``from_pretrained("….ckpt")``) take the overrides ``resolution=256`` (the training
     images' side, which no shape tells), ``dropout=0.0`` and ``quantizer={...}`` (fields of
