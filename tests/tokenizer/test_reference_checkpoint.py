@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ibq_fast.checkpoint import PretrainedMixin
-from ibq_fast.checkpoint.reference import load_reference_state
-from ibq_fast.tokenizer import Tokenizer
+from ibq_fast.checkpoint.reference import load_reference_state, reference_name
+from ibq_fast.quantizer import QuantizerConfig
+from ibq_fast.tokenizer import Tokenizer, TokenizerConfig
 
 State = dict[str, Tensor]
 
@@ -75,6 +76,7 @@ def test_truncated_files_are_refused(tmp_path: Path, checkpoint: Path, share: fl
         ({"state_dict": {}}, "expected a dict of tensors"),
         ({"state_dict": {"a": 1}}, "entry 'a': expected a tensor by name, got int"),
         ({"state_dict": {3: torch.zeros(1)}}, "entry 3: expected a tensor by name"),
+        ({"a": torch.zeros(1).expand(10**12, 8)}, r"'a': \[1000000000000, 8\] is more than the file holds"),
         ({"a": torch.zeros(1)}, "weight 'encoder.conv_in.weight' is missing: not a tokenizer checkpoint"),
     ],
 )
@@ -152,6 +154,27 @@ def test_the_first_stage_of_a_generators_checkpoint(tmp_path: Path, reference_st
     state["transformer.head.weight"] = torch.zeros(2, 2)
     tokenizer = Tokenizer.from_pretrained(write(tmp_path / "stage2.ckpt", state), ema=True)
     assert torch.equal(tokenizer.quantizer.codebook, reference_state["model_ema.quantizeembeddingweight"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_channels": 1, "channel_multipliers": (2,), "attention_resolutions": ()},
+        {"channel_multipliers": (1, 2, 1), "num_res_blocks": 2, "attention_resolutions": (16, 8)},
+        {"channel_multipliers": (2, 1), "latent_channels": 7, "attention_resolutions": (16,)},
+    ],
+)
+def test_other_architectures_are_read_off_too(tmp_path: Path, changes: dict[str, Any]) -> None:
+    settings = {"resolution": 16, "base_channels": 32, "num_res_blocks": 1, "latent_channels": 16, **changes}
+    config = TokenizerConfig(**settings, quantizer=QuantizerConfig(codebook_size=11, dim=5))
+    tokenizer = Tokenizer(config)
+    levels = len(config.channel_multipliers)
+    state = {reference_name(name, levels): tensor for name, tensor in tokenizer.state_dict().items()}
+    path = write(tmp_path / "other.ckpt", state)
+    loaded = Tokenizer.from_pretrained(path, ema=False, resolution=16)
+    assert loaded.config == config
+    for name, tensor in tokenizer.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
 
 
 def test_overrides_say_what_shapes_cannot(checkpoint: Path, reference_state: State) -> None:
