@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+USAGE = "ibq-fast COMMAND [options]"
 DESCRIPTION = """\
 Image tokenizers with huge codebooks: train them, look at what they keep, generate with them.
 
@@ -79,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``ibq-fast``."""
-    parser = _manual(argparse.ArgumentParser, prog="ibq-fast", description=DESCRIPTION, epilog=EXAMPLES)
+    parser = _manual(
+        argparse.ArgumentParser, prog="ibq-fast", usage=USAGE, description=DESCRIPTION, epilog=EXAMPLES
+    )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", title="COMMAND", help=argparse.SUPPRESS
@@ -89,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct = _manual(
         commands.add_parser,
         "reconstruct",
+        usage="ibq-fast reconstruct --tokenizer MODEL --out FOLDER [options] IMAGE_OR_FOLDER ...",
         description="Encode images, decode them again, and say what was lost.",
         epilog=RECONSTRUCT_EXAMPLES,
     )
@@ -101,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample = _manual(
         commands.add_parser,
         "sample",
+        usage="ibq-fast sample --generator MODEL --tokenizer MODEL --out FOLDER [options]",
         description="Draw images of chosen classes.",
         epilog=SAMPLE_EXAMPLES,
     )
@@ -124,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser,
         "doctor",
         description="Versions, the compiled extension, the instruction set it chose, devices, and "
-        "for every op the backends that are available, the one that is used, and why. Always ends with exit code 0.",
+        "for every op the backends that are available, the one that is used, and why. Exit code 0.",
     )
     doctor.set_defaults(run=_doctor)
     return parser

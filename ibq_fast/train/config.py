@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from ibq_fast.data import DataConfig
 from ibq_fast.generator.config import GeneratorConfig
@@ -26,14 +26,24 @@ from ibq_fast.train.perceptual import PerceptualName
 class RunConfig:
     """One run: where, how long, how often what.
 
-    dir: everything the run writes goes below it. resume: go on from its newest good checkpoint, if it has
-    one. steps, max_minutes: the run ends at whichever comes first; one of them must be set. The minutes
-    count what
-        earlier parts of a resumed run took, and a decaying learning rate follows the clock where it leads.
-    device: ``auto`` takes what accelerate finds; ``cpu``, ``cuda``, ``npu`` insist.
-    log_every, eval_every, sample_every, save_every: in steps; 0 is only at the end (log_every: at least 1).
-    eval_batches: held-out batches per evaluation. pictures: images in a grid.
-    keep_last: checkpoints kept. usage_window: steps over which code utilisation is counted (tokenizer).
+    Args:
+        dir: everything the run writes goes below it.
+        resume: go on from the newest good checkpoint in dir, if there is one.
+        seed: of the weights, the order of the data, dropout.
+        steps: optimiser steps after which the run ends; this or max_minutes must be set.
+        max_minutes: minutes after which it ends, earlier parts of a resumed run included; with both set, at
+            whichever comes first, and a decaying learning rate follows the one that is further on.
+        device: auto takes what accelerate finds; cpu, cuda and npu insist.
+        mixed_precision: what matrix products and convolutions are computed in.
+        log_every: steps between lines of metrics.
+        eval_every: steps between evaluations on held-out data (0: only at the end).
+        sample_every: steps between picture grids (0: only at the end).
+        save_every: steps between checkpoints (0: only at the end).
+        keep_last: checkpoints kept.
+        eval_batches: held-out batches per evaluation.
+        pictures: images in a grid.
+        usage_window: steps over which code utilisation is counted (tokenizer).
+        tensorboard: whether to write TensorBoard files beside metrics.jsonl.
     """
 
     dir: str = "runs/run"
@@ -75,8 +85,15 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TokenizerRun:
-    """Stage one: a tokenizer, its data, losses and optimisation. perceptual: the distance of the perceptual
-    loss.
+    """Stage one: a tokenizer.
+
+    Args:
+        run: where, how long, how often what.
+        data: which images.
+        model: the tokenizer.
+        loss: weights of the losses.
+        perceptual: the distance of the perceptual loss; none leaves it out.
+        optim: how weights are updated.
     """
 
     run: RunConfig
@@ -89,7 +106,14 @@ class TokenizerRun:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How the pictures of a generator's run are drawn: guidance, temperature, filters."""
+    """How the pictures of a generator's run are drawn.
+
+    Args:
+        cfg_scale: classifier-free guidance; 1 is none.
+        temperature: of the logits.
+        top_k: keep the k likeliest codes; 0 keeps all.
+        top_p: keep this share of probability.
+    """
 
     cfg_scale: float = 2.0
     temperature: float = 1.0
@@ -101,9 +125,14 @@ class SampleConfig:
 class GeneratorRun:
     """Stage two: a generator over the tokens of a trained tokenizer.
 
-    tokenizer: directory, hub id or reference checkpoint of the tokenizer.
-    cache: ``disk`` keeps the encoded data set memory-mapped under the run's directory, ``memory`` in
-    memory.
+    Args:
+        run: where, how long, how often what.
+        data: which images; they are encoded once.
+        tokenizer: directory, hub id or reference checkpoint of the tokenizer.
+        model: the generator.
+        optim: how weights are updated.
+        sample: how the run's pictures are drawn.
+        cache: disk keeps the encoded images memory-mapped under run.dir, memory keeps them in memory.
     """
 
     run: RunConfig
@@ -118,11 +147,15 @@ class GeneratorRun:
 C = TypeVar("C", TokenizerRun, GeneratorRun)
 
 
-def build_parser(
-    kind: type[Any], prog: str, description: str = "", epilog: str | None = None
-) -> ArgumentParser:
+def build_parser(kind: type[Any], prog: str, description: str = "") -> ArgumentParser:
     """The command-line parser of a run: ``--config FILE``, ``--resume`` and every field's dotted name."""
-    parser = ArgumentParser(prog=prog, description=description, epilog=epilog, exit_on_error=False)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog,
+        usage=f"{prog} --config FILE [--section.field=value ...] [--resume]",
+        description=description,
+        exit_on_error=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file with the sections below")
     parser.add_class_arguments(kind, None)
     parser.add_argument("--resume", action="store_true", help="same as --run.resume=true")
@@ -136,7 +169,7 @@ def parse_run(kind: type[C], arguments: Sequence[str], prog: str = "ibq_fast.tra
         values = parser.parse_args(list(arguments))
         return _instantiate(kind, parser, values)
     except Exception as error:
-        raise _explained(error, parser, arguments) from error
+        raise _explained(error, parser) from error
 
 
 def load_config(kind: type[C], file: str | Path, **overrides: Any) -> C:
@@ -166,20 +199,29 @@ def _instantiate(kind: type[C], parser: ArgumentParser, values: Namespace) -> C:
     return kind(**{f.name: built[f.name] for f in fields(kind)})
 
 
-def _explained(error: Exception, parser: ArgumentParser, arguments: Sequence[str]) -> ValueError:
+# How jsonargparse says that a key does not exist; the last group is the key, the one before it its section.
+_UNKNOWN = (
+    re.compile(r"()Key ['\"]?([\w.]+)['\"]? is not expected"),
+    re.compile(r"()[Uu]nrecognized arguments: --([\w.]+)"),
+    re.compile(r"()Option '([\w.]+)' is not accepted"),
+    re.compile(r"Group '([\w.]+)' does not accept option '([\w.]+)'"),
+)
+_WRONG_TYPE = re.compile(r"Parser key \"([\w.]+)\": Expected an? (.+?)\. Got value: (.*)")
+
+
+def _explained(error: Exception, parser: ArgumentParser) -> ValueError:
     """The error as one sentence; for an unknown key, with the nearest known one."""
     text = " ".join(str(error.__cause__ or error).split())
-    known = sorted(action.dest for action in parser._actions if action.dest)
-    match = re.search(
-        r"[Kk]ey ['\"]?([\w.]+)['\"]? (?:is )?not expected|[Uu]nrecognized arguments: --([\w.]+)", text
-    )
-    if match:
-        key = match[1] or match[2]
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        source = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), "")
-        return ValueError(f"{source + ': ' if source else ''}unknown key {key!r}{hint}")
-    return ValueError(text)
+    for pattern in _UNKNOWN:
+        if match := pattern.search(text):
+            key = ".".join(part for part in match.groups() if part)
+            known = [action.dest for action in parser._actions if action.dest]
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            return ValueError(f"unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+    if match := _WRONG_TYPE.search(text):
+        expected = re.sub(r"<class '(\w+)'>|typing\.", r"\1", match[2])
+        return ValueError(f"{match[1]}: expected {expected}, got {match[3]}")
+    return ValueError(text.replace('Parser key "config": ', "config: "))
 
 
 def _as_text(value: Any) -> str:

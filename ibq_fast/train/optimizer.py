@@ -16,10 +16,12 @@ from ibq_fast.train.schedule import ScheduleConfig, learning_rate_factor, weight
 class OptimConfig:
     """How weights are updated.
 
-    kind: ``adam`` or ``adamw`` (decoupled decay, on matrices only: tensors of two and more dimensions).
-    lr: peak learning rate; betas, eps: Adam's. weight_decay moves to weight_decay_end along a half cosine.
-    clip_norm: largest gradient norm (0: no clipping). accumulate: micro-batches per update.
-    ema_decay: of the averaged weights that are evaluated and exported (0: none kept).
+    Args:
+        kind: adam, or adamw with decoupled weight decay on matrices only (tensors of two or more
+        dimensions). lr: peak learning rate. betas: Adam's. eps: Adam's. weight_decay: at the start.
+        weight_decay_end: at the end, reached along a half cosine (null: it stays). clip_norm: largest norm
+        of the gradient (0: no clipping). accumulate: micro-batches per update. ema_decay: of the averaged
+        weights that are evaluated and exported (0: none are kept). schedule: of the learning rate.
     """
 
     kind: Literal["adam", "adamw"] = "adam"
@@ -42,7 +44,7 @@ class OptimConfig:
             raise ValueError(f"clip_norm: expected 0 (off) or more, got {self.clip_norm}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay}")
-        if self.kind == "adam" and self.weight_decay:
+        if self.kind == "adam" and (self.weight_decay or self.weight_decay_end):
             raise ValueError(f"weight_decay: expected 0 with kind adam (use adamw), got {self.weight_decay}")
 
 

@@ -13,11 +13,16 @@ from typing import Literal
 class ScheduleConfig:
     """How the learning rate moves.
 
-    kind: after the warm-up, ``constant``; ``cosine`` or ``linear`` down to ``final_ratio``; or ``drops``,
-    which
-        multiplies by ``drop_ratio`` at each of ``drop_steps``.
-    warmup_steps, warmup_start: linear from ``warmup_start`` times the rate to the whole of it.
-    plateau: share of what follows the warm-up that is still spent at the full rate (linear only).
+    Args:
+        kind: after the warm-up, constant; cosine or linear down to final_ratio; or drops, which multiplies
+        by
+            drop_ratio at each of drop_steps.
+        warmup_steps: steps of a linear rise to the whole rate.
+        warmup_start: share of the rate at which that rise begins.
+        plateau: share of what follows the warm-up that is still spent at the full rate (linear only).
+        final_ratio: share of the rate at the end (cosine and linear).
+        drop_steps: steps at which the rate drops.
+        drop_ratio: what it is multiplied by at each drop.
     """
 
     kind: Literal["constant", "cosine", "linear", "drops"] = "constant"

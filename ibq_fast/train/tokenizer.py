@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from ibq_fast.data import build_loader, to_float, to_uint8
 from ibq_fast.evaluate.images import psnr, reconstruction_grid
+from ibq_fast.evaluate.usage import usage_figures
 from ibq_fast.ops import code_histogram
 from ibq_fast.tokenizer import LossConfig, PatchDiscriminator, Tokenizer, TokenizerLoss
 from ibq_fast.train.config import TokenizerRun, dump_config
 from ibq_fast.train.device import build_accelerator
 from ibq_fast.train.loop import run_task
 from ibq_fast.train.perceptual import build_perceptual
-from ibq_fast.train.usage import UsageWindow, usage_figures
+from ibq_fast.train.usage import UsageWindow
 from ibq_fast.train.weights import Trained
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""How many codes training uses: utilisation and perplexity over a window of steps."""
+"""How many codes training uses, over a window of steps."""
 
 from __future__ import annotations
 
@@ -47,13 +47,3 @@ class UsageWindow:
         self._counts.copy_(state["counts"])
         self._finished.copy_(state["finished"])
         self._seen = state["seen"]
-
-
-def usage_figures(counts: torch.Tensor) -> dict[str, float]:
-    """``utilisation`` (share of codes used at least once) and ``perplexity`` (exp of the use's entropy)."""
-    total = counts.sum()
-    if int(total) == 0:
-        return {"utilisation": 0.0, "perplexity": 0.0}
-    share = counts.double() / total
-    entropy = -(share * share.clamp_min(1e-300).log()).sum()
-    return {"utilisation": float((counts > 0).double().mean()), "perplexity": float(entropy.exp())}
