@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 # The names the safetensors format gives to dtypes.
 _DTYPES = {
@@ -87,7 +87,10 @@ def write_tree(folder: Path, name: str, state: Any) -> dict[str, dict[str, Any]]
 def read_tree(folder: Path, name: str) -> Any:
     """Read what :func:`write_tree` wrote; tensors come back on the CPU."""
     tree = json.loads((folder / f"{name}.json").read_text())
-    return unflatten(tree, load_file(folder / f"{name}.safetensors"))
+    with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
+        # Cloned: the library maps the file, and a mapped tensor dies with its file (a bus error).
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    return unflatten(tree, tensors)
 
 
 def open_for_writing(path: Path) -> BinaryIO:

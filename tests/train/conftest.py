@@ -1,4 +1,4 @@
-"""Tiny runs: 16-pixel photographs of nothing, a one-block tokenizer, a one-block generator."""
+"""Tiny runs: 8-pixel photographs of nothing, a one-block tokenizer, a one-block generator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from ibq_fast.quantizer import QuantizerConfig
 from ibq_fast.tokenizer import LossConfig, Tokenizer, TokenizerConfig
 from ibq_fast.train import GeneratorRun, OptimConfig, RunConfig, ScheduleConfig, TokenizerRun
 
-SIDE = 16
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+
+SIDE = 8
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +44,7 @@ def tokenizer_model() -> TokenizerConfig:
     return TokenizerConfig(
         resolution=SIDE,
         base_channels=32,
-        channel_multipliers=(1, 1, 1),
+        channel_multipliers=(1, 1),
         num_res_blocks=1,
         attention_resolutions=(),
         latent_channels=32,
