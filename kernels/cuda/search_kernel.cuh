@@ -75,17 +75,21 @@ template <bool kWithLse, int kFragments>
 IBQ_DEVICE void fold_tile(ThreadRows& rows, float (&s)[kWarpRowFragments][kFragments][4],
                           const SearchArguments& args, int64_t tile_end, int32_t first_code) {
   const int32_t K = static_cast<int32_t>(args.K);
-  IBQ_UNROLL
-  for (int f = 0; f < kFragments; ++f) {
+  float bias[kFragments][2] = {};
+  if (args.bias !=
+      nullptr) {  // all loads before the first use, past the end clamped rather than branched around
     IBQ_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      const int32_t code = first_code + 8 * f + e;
-      const float bias = args.bias != nullptr && code < K ? args.bias[code] : 0.0f;
+    for (int i = 0; i < 2 * kFragments; ++i) {
+      const int32_t code = first_code + 8 * (i / 2) + i % 2;
+      bias[i / 2][i % 2] = args.bias[code < K ? code : K - 1];
+    }
+  }
+  IBQ_UNROLL
+  for (int m = 0; m < kWarpRowFragments; ++m) {
+    IBQ_UNROLL
+    for (int f = 0; f < kFragments; ++f) {
       IBQ_UNROLL
-      for (int m = 0; m < kWarpRowFragments; ++m) {
-        s[m][f][e] = s[m][f][e] * args.scale + bias;
-        s[m][f][e + 2] = s[m][f][e + 2] * args.scale + bias;
-      }
+      for (int e = 0; e < 4; ++e) s[m][f][e] = s[m][f][e] * args.scale + bias[f][e % 2];
     }
   }
   if (tile_end > args.K) {
