@@ -76,8 +76,8 @@ IBQ_DEVICE void fold_tile(ThreadRows& rows, float (&s)[kWarpRowFragments][kFragm
                           const SearchArguments& args, int64_t tile_end, int32_t first_code) {
   const int32_t K = static_cast<int32_t>(args.K);
   float bias[kFragments][2] = {};
-  if (args.bias !=
-      nullptr) {  // all loads before the first use, past the end clamped rather than branched around
+  // All loads come before the first use; past the end they are clamped rather than branched around.
+  if (args.bias != nullptr) {
     IBQ_UNROLL
     for (int i = 0; i < 2 * kFragments; ++i) {
       const int32_t code = first_code + 8 * (i / 2) + i % 2;

@@ -135,7 +135,7 @@ void test_schedule_covers_each_tile_once() {
         const bool once = std::all_of(seen.begin(), seen.end(), [](int n) { return n == 1; });
         CHECK(once && !empty_split, "N %ld K %ld slots %ld", static_cast<long>(N), static_cast<long>(K),
               static_cast<long>(slots));
-        CHECK(schedule.splits * N <= N + 4 * slots * 128 + 128 * slots, "statistics outgrow their bound");
+        CHECK(schedule.splits * N <= N + kMaxWaves * slots * 128, "statistics outgrow their bound");
       }
     }
   }
