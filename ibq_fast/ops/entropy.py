@@ -4,7 +4,7 @@ Contract. S, z, codebook, bias, scale as in :mod:`ibq_fast.ops.search`, p = soft
 The operator gives
 
 - row_entropy [N]: H_i = -Σ_j p_ij log p_ij,  mean_prob [K]: mean of p over rows (zeros when N = 0),
-- lse [N] of S/τ, kept for the backward and not differentiable; all in the statistics dtype.
+- lse [N] of S/τ, kept for the backward and not differentiable; the former two in the statistics dtype.
 
 With a and c the gradients of row_entropy and mean_prob,
 dS_ij = (1/τ) p_ij [ -a_i (log p_ij + H_i) + (1/N)(c_j - Σ_k p_ik c_k) ]; entries with p = 0 give 0.
@@ -22,7 +22,14 @@ from torch import Tensor
 
 from ibq_fast.ops import backends, checks, search
 from ibq_fast.ops.blocks import FAR, Blocks, LogitGradient, RunningMaximum, statistics_dtype
-from ibq_fast.ops.registration import Operator, no_second_derivative, overload, register, save_nothing
+from ibq_fast.ops.registration import (
+    Operator,
+    no_second_derivative,
+    overload,
+    register,
+    save_nothing,
+    saved_lse_dtype,
+)
 from ibq_fast.ops.select import fake_gradients
 
 NAME = "softmax_statistics"
@@ -106,9 +113,9 @@ def composite_backward(
     row_entropy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     blocks = _tempered(z, codebook, bias, scale, temperature)
-    # Logits are taken relative to the mean of their row, lse - H: in flat rows lse would swamp them, in peaked
-    # rows both are large. What rounding made of it and of the sum of p is measured by a first pass and taken
-    # out; a constant taken off c changes nothing but the rounding.
+    # Logits are taken relative to the mean of their row, lse - H: in flat rows lse would swamp them, in
+    # peaked rows both are large. What rounding made of it and of the sum of p is measured by a first pass and
+    # taken out; a constant taken off c changes nothing but the rounding.
     center = lse - row_entropy
     c = grad_mean_prob.to(blocks.dtype)
     c = (c - c.mean()) / max(blocks.n, 1)
@@ -139,14 +146,16 @@ def _tempered(z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, te
 
 
 def fake(
-    z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, temperature: float
+    namespace: str, z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = statistics_dtype(z.dtype)
-    rows = z.new_empty((z.shape[0],), dtype=dtype)
-    return rows, z.new_empty((codebook.shape[0],), dtype=dtype), torch.empty_like(rows)
+    n, k = z.shape[0], codebook.shape[0]
+    lse = z.new_empty((n,), dtype=saved_lse_dtype(namespace, z.dtype))
+    return z.new_empty((n,), dtype=dtype), z.new_empty((k,), dtype=dtype), lse
 
 
 def fake_backward(
+    namespace: str,
     grad_row_entropy: Tensor,
     grad_mean_prob: Tensor,
     z: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ibq_fast.ops import available_backends, blocks
 
-# Hypothesis calls the test many times within one fixture: sizes that cross block borders are set for all of them.
+# Hypothesis calls a test many times within one fixture: these block sizes hold for all of its examples.
 BLOCK_ROWS, BLOCK_ELEMENTS = 8, 8 * 24
 
 
@@ -97,7 +97,7 @@ def make_operands(
 
 
 @pytest.fixture(scope="session")
-def operands():  # noqa: ANN201
+def operands():
     return make_operands
 
 
@@ -109,8 +109,8 @@ def logit_floor(x: Operands) -> float:
 def gradient_floors(x: Operands, grad_s_magnitude: Tensor, tau: float = 1.0) -> tuple[float, float, float]:
     """Rounding floors of the gradients of z, codebook and bias, from magnitudes of the terms of dS [N, K].
 
-    A relative error of p is the absolute one of S/τ; the terms are then summed against |codebook| and |z|. Half
-    precision rounds the result besides.
+    A relative error of p is the absolute one of S/τ; the terms are then summed against |codebook| and |z|.
+    Half precision rounds the result besides.
     """
     wide = x.to(torch.float64)
     eps = torch.finfo(torch.float32).eps * (1 + x.magnitude / tau)
@@ -126,7 +126,7 @@ def _largest(x: Tensor) -> float:
 
 
 @pytest.fixture(scope="session")
-def floors():  # noqa: ANN201
+def floors():
     class Floors:
         logits = staticmethod(logit_floor)
         gradients = staticmethod(gradient_floors)

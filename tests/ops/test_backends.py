@@ -107,10 +107,10 @@ _INDEX = torch.tensor([0])
 
 def test_a_forced_backend_that_cannot_serve_is_refused() -> None:
     z = torch.randn(3, 4, dtype=torch.float64)
-    with pytest.raises(ValueError, match="'native' .the backend argument. cannot serve codebook_search"):
+    with pytest.raises(ValueError, match=r"'native' .the backend argument. cannot serve codebook_search"):
         ops.codebook_search(z, z, backend="native")
     ops.set_backend("native")
-    with pytest.raises(ValueError, match="'native' .set_backend. cannot serve codebook_search"):
+    with pytest.raises(ValueError, match=r"'native' .set_backend. cannot serve codebook_search"):
         ops.codebook_search(z, z)
     assert not any(
         row.chosen for row in ops.backend_report("cpu", torch.float64) if row.op != "code_histogram"

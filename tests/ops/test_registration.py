@@ -60,7 +60,7 @@ def test_both_namespaces_have_one_schema(op) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tau", [0.7, 3.0])
 def test_gradcheck_of_the_statistics(tau, bias, operands, small_blocks) -> None:
-    x = operands(11, 30, 4, bias=bias, dtype=torch.float64, scale=0.6)
+    x = operands(9, 26, 2, bias=bias, dtype=torch.float64, scale=0.6)
     leaves = [leaf for leaf in x.leaves() if leaf is not None]
 
     def statistics(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,10 +75,10 @@ def test_gradcheck_of_the_statistics(tau, bias, operands, small_blocks) -> None:
 def test_gradcheck_of_the_selection(bias, operands, small_blocks) -> None:
     """The forward is a step function; its gradient is by definition that of a smooth surrogate.
 
-    With E0 the codebook held fixed, softmax(S) E0 + (E - E0)[indices] has the straight-through gradient at E = E0;
-    the surrogate is differentiated numerically, the operator's backward is held against it.
+    With E0 the codebook held fixed, softmax(S) E0 + (E - E0)[indices] has that gradient at E = E0; it is
+    differentiated numerically, and the operator's backward is held against it.
     """
-    x = operands(11, 30, 4, bias=bias, dtype=torch.float64, scale=0.6)
+    x = operands(9, 26, 2, bias=bias, dtype=torch.float64, scale=0.6)
     leaves = [leaf for leaf in x.leaves() if leaf is not None]
     indices = search.reference(x.z, x.codebook, x.bias, x.scale)[0]
 

@@ -87,8 +87,7 @@ def test_codes_carry_the_gather_gradient_only(backend, operands) -> None:
 def test_a_certain_row_has_an_exact_gradient(backend, operands, error_ratio) -> None:
     """P is one-hot to float32: what the winner loses is what the others gain, nothing here.
 
-    With the winner's entry of dS taken as P (g·E - δ) the difference of two equal numbers in different order of
-    summation stayed, amplified by the scale.
+    Taken as P (g·E - δ), the winner's entry of dS was the rounding of two equal sums, times the scale.
     """
     x = operands(16, 64, 32, scale=50.0)
     leaves = x.leaves()
