@@ -128,8 +128,9 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = _manual(
         commands.add_parser,
         "doctor",
-        description="Versions, the compiled extension, the instruction set it chose, devices, and "
-        "for every op the backends that are available, the one that is used, and why. Exit code 0.",
+        usage="ibq-fast doctor",
+        description="Versions, the compiled extension and the instruction set it chose, devices, and for every\n"
+        "op the backends that are available, the one that is used, and why. Ends with exit code 0.",
     )
     doctor.set_defaults(run=_doctor)
     return parser

@@ -90,7 +90,7 @@ def _devices() -> Iterator[str]:
                 f"{memory:.0f} GiB"
             )
     elif torch.version.cuda or torch.version.hip:
-        yield f"CUDA            no device, though torch is built for {torch.version.cuda or torch.version.hip}"
+        yield "CUDA            no device, though this torch is built for one"
     else:
         yield "CUDA            none: this torch is built for the CPU alone"
     if util.find_spec("torch_npu") is None:

@@ -6,7 +6,7 @@ import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``: the accelerator that is there, else the CPU. Raises ValueError when ``name`` is not usable."""
+    """``auto``: the accelerator that is there, else the CPU. Raises ValueError when there is no ``name``."""
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found is not None else torch.device("cpu")

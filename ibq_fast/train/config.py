@@ -195,7 +195,7 @@ def dump_config(config: TokenizerRun | GeneratorRun, file: Path) -> None:
 def _instantiate(kind: type[C], parser: ArgumentParser, values: Namespace) -> C:
     if values.pop("resume", False):
         values["run.resume"] = True
-    built = parser.instantiate_classes(values)
+    built = parser.instantiate(values)
     return kind(**{f.name: built[f.name] for f in fields(kind)})
 
 

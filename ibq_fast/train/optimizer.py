@@ -17,11 +17,16 @@ class OptimConfig:
     """How weights are updated.
 
     Args:
-        kind: adam, or adamw with decoupled weight decay on matrices only (tensors of two or more
-        dimensions). lr: peak learning rate. betas: Adam's. eps: Adam's. weight_decay: at the start.
-        weight_decay_end: at the end, reached along a half cosine (null: it stays). clip_norm: largest norm
-        of the gradient (0: no clipping). accumulate: micro-batches per update. ema_decay: of the averaged
-        weights that are evaluated and exported (0: none are kept). schedule: of the learning rate.
+        kind: adam, or adamw with decoupled weight decay on matrices only (two or more dimensions).
+        lr: peak learning rate.
+        betas: decay of the averages of gradient and squared gradient.
+        eps: added to the denominator.
+        weight_decay: at the start.
+        weight_decay_end: at the end, reached along a half cosine (null: it stays).
+        clip_norm: largest norm of the gradient (0: no clipping).
+        accumulate: micro-batches per update.
+        ema_decay: of the averaged weights that are evaluated and exported (0: none are kept).
+        schedule: of the learning rate.
     """
 
     kind: Literal["adam", "adamw"] = "adam"

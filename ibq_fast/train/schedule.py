@@ -14,9 +14,8 @@ class ScheduleConfig:
     """How the learning rate moves.
 
     Args:
-        kind: after the warm-up, constant; cosine or linear down to final_ratio; or drops, which multiplies
-        by
-            drop_ratio at each of drop_steps.
+        kind: after the warm-up, constant; cosine or linear down to final_ratio; or drops, which
+            multiplies by drop_ratio at each of drop_steps.
         warmup_steps: steps of a linear rise to the whole rate.
         warmup_start: share of the rate at which that rise begins.
         plateau: share of what follows the warm-up that is still spent at the full rate (linear only).

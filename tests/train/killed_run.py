@@ -1,7 +1,7 @@
-"""Trains in a child process that is killed with SIGKILL again and again. Usage: killed_run.py RUN_DIR PHOTOS ROUNDS.
+"""Trains in a child that is killed with SIGKILL again and again. Usage: killed_run.py RUN_DIR PHOTOS ROUNDS.
 
-One process imports everything and forks each attempt, so that ten attempts do not import torch ten times. Prints
-one JSON line: the resumed step of each attempt, and how many kills hit in the middle of a checkpoint's writing.
+One process imports everything and forks each attempt, so that ten attempts do not import torch ten times.
+Prints one JSON line: the resumed step of each attempt, and how many kills hit a checkpoint being written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training checkpoints: what is read is what was written, and nothing half-written is ever taken for whole."""
+"""Training checkpoints: what is read is what was written; nothing half-written is ever taken for whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kill -9 at ten moments while a run saves after every step: it resumes each time, to the very same weights."""
+"""Kill -9 at ten moments while a run saves after every step: it resumes each time, to the same weights."""
 
 from __future__ import annotations
 
