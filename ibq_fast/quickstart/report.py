@@ -1,0 +1,134 @@
+"""``report.md``: the quick start's figures in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_STAGES = {
+    "tokenizer": "IBQ tokenizer",
+    "vq": "plain VQ tokenizer",
+    "classifier": "classifier",
+    "generator": "generator",
+    "measure": "samples, figures, pictures",
+    "total": "**all of it**",
+}
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Write the report of ``report.json``'s content as Markdown."""
+    path.write_text("\n\n".join(_sections(report)) + "\n")
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """The outcome in one line per target, for a terminal."""
+    lines = [
+        f"  {target['title']}: {_value(target['reached'], target['unit'])}"
+        f" (target {_value(target['at_least'], target['unit'])}{'' if target['met'] else ', MISSED'})"
+        for target in report["targets"]
+    ]
+    return "\n".join([_verdict(report), *lines])
+
+
+def _sections(report: Mapping[str, Any]) -> list[str]:
+    protocol, machine = report["protocol"], report["machine"]
+    sections = ["# Quick start", f"**{_verdict(report)}**"]
+    if report["cut_short"]:
+        stages = ", ".join(_STAGES[stage] for stage in report["cut_short"])
+        sections.append(f"Ended by the clock before its last step, on a slow or busy machine: {stages}.")
+    sections += [
+        _table(
+            ("", "reached", "target"),
+            [
+                (t["title"], _value(t["reached"], t["unit"]), "≥ " + _value(t["at_least"], t["unit"]))
+                for t in report["targets"]
+            ],
+        ),
+        "## Tokenizers",
+        _table(
+            ("", "PSNR", "PSNR of the mean error", "utilisation", "perplexity", "steps", "time"),
+            [
+                (
+                    name,
+                    f"{f['psnr']:.2f} dB",
+                    f"{f['psnr_of_mean_error']:.2f} dB",
+                    f"{f['utilisation']:.1%}",
+                    f"{f['perplexity']:.0f}",
+                    f"{report['steps'][stage]:,}",
+                    f"{report['seconds'][stage]:.0f} s",
+                )
+                for (name, f), stage in zip(report["tokenizers"].items(), ("tokenizer", "vq"), strict=False)
+            ],
+        ),
+        "![originals above reconstructions](reconstructions.png)",
+        "![how often each code is used](usage.png)",
+        "## Generated images",
+        f"The classifier recognises the class asked for in {report['figures']['recognised']:.1%} of "
+        f"{protocol['samples']:,} generated images (of real held-out images it recognises "
+        f"{report['figures']['classifier_accuracy']:.1%}).",
+        "![generated images, a row per class](samples.png)",
+        _table(
+            ("class", "recognised"),
+            [(name, f"{share:.0%}") for name, share in report["recognised_by_class"].items()],
+        ),
+        "## How it went",
+        "![curves](curves.png)",
+        _table(
+            ("stage", "seconds"), [(_STAGES[stage], f"{s:.0f}") for stage, s in report["seconds"].items()]
+        ),
+        f"At most {report['peak_memory_gb']:.2f} GB of memory. {machine['processor']}, "
+        f"{machine['cores']} cores, {machine['instruction_set']}, device {machine['device']}, "
+        f"precision {protocol['mixed_precision']}; "
+        f"Python {machine['python']}, PyTorch {machine['torch']}, ibq_fast {machine['ibq_fast']}.",
+        "## Protocol",
+        _list(_protocol(protocol)),
+        "## Go on from here",
+        "```\n"
+        "ibq-fast sample --tokenizer tokenizer/tokenizer --generator generator/generator --out more\n"
+        "ibq-fast reconstruct --tokenizer tokenizer/tokenizer --out kept photos/\n"
+        "tensorboard --logdir .\n"
+        "```",
+    ]
+    return sections
+
+
+def _protocol(protocol: Mapping[str, Any]) -> list[str]:
+    height, width = protocol["image_size"][1:]
+    return [
+        f"Data: {protocol['training_images']:,} training and {protocol['held_out_images']:,} held-out images "
+        f"of Fashion-MNIST, 28 × 28 photographs padded with black to {height} × {width}.",
+        "PSNR: mean over the held-out images of each one's PSNR, both sides rounded to uint8, peak 255, "
+        "all pixels with the padding. The PSNR of the mean error pools the square errors of all images.",
+        "Utilisation: share of the codes used at least once over the held-out images; perplexity: "
+        "exponential of the entropy of their use.",
+        "Plain VQ: the same networks, images, losses and steps; nearest code, straight-through gradient, "
+        "commitment loss.",
+        "Recognised: a small convolutional network, trained on the real training images, names the class of "
+        f"every generated image. Sampling: {_settings(protocol['sampling'])}, seed {protocol['seed']}; no "
+        "image is left out.",
+    ]
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+    if report["met"]:
+        return "All targets met."
+    missed = [target["title"] for target in report["targets"] if not target["met"]]
+    return f"Below target: {'; '.join(missed)}."
+
+
+def _value(value: float, unit: str) -> str:
+    return f"{value:.2f} {unit}" if unit else f"{value:.1%}"
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _list(items: Sequence[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
