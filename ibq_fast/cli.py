@@ -129,8 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser,
         "doctor",
         usage="ibq-fast doctor",
-        description="Versions, the compiled extension and the instruction set it chose, devices, and for every\n"
-        "op the backends that are available, the one that is used, and why. Ends with exit code 0.",
+        description="Versions, the compiled extension and the instruction set it chose, devices, and for\n"
+        "every op the backends that are available, the one that is used, and why. Ends with exit code 0.",
     )
     doctor.set_defaults(run=_doctor)
     return parser

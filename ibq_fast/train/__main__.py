@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m ibq_fast
 
 
 def _train(config: object) -> int:
+    from safetensors import SafetensorError
+
     from ibq_fast.data import DataError
     from ibq_fast.train.config import TokenizerRun
     from ibq_fast.train.errors import NonFiniteError, TrainingInterrupted
@@ -75,7 +77,7 @@ def _train(config: object) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before the first step; nothing to save\n")
         return 130
-    except (DataError, NonFiniteError, OSError, ValueError) as error:
+    except (DataError, NonFiniteError, OSError, SafetensorError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0

@@ -116,6 +116,7 @@ def _encode(
         tokens = np.empty(shape, dtype=dtype)
     else:
         tokens = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+        _reserve(file)
     labels = np.empty(total, dtype=np.int64)
     device = tokenizer.last_layer.device
     done = 0
@@ -130,6 +131,13 @@ def _encode(
     if isinstance(tokens, np.memmap):
         tokens.flush()
     return tokens[:, :done], labels[:done]
+
+
+def _reserve(file: Path) -> None:
+    """Take the blocks now: on a full disk this is an OSError, a write to the map would be a bus error."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
 
 
 def _fingerprint(tokenizer: Tokenizer, data: DataConfig, split: Split) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import signal
@@ -244,6 +245,18 @@ def test_token_cache_of_another_tokenizer_or_other_data_is_made_anew(
     tokenizer.last_layer.data[0] += 1
     tokens_of(tokenizer, replace(tokenizer_run.data, flip=False), tmp_path / "tokens", said)
     assert ["encoding" in message for message in said] == [True, True, False, True]
+
+
+def test_token_cache_on_a_full_disk_is_an_error_and_leaves_nothing(
+    tokenizer_run: TokenizerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        tokens_of(Tokenizer(tokenizer_run.model).eval(), tokenizer_run.data, tmp_path / "tokens", [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def quiet_model(run: GeneratorRun) -> GeneratorRun:
