@@ -13,7 +13,7 @@ from ibq_fast.ops import available_backends
 K, D = 65536, 256
 LIMIT_MB = 300
 
-# A quarter of the rows for the slow backend: eager code would still need seven times 64 MB beside the gradient.
+# A quarter of the rows for the slow backend: eager code would still need seven times 64 MB more.
 ROWS = {"native": 1024, "composite": 256}
 
 PROGRAM = f"""
