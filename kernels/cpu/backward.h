@@ -31,6 +31,7 @@ inline void row_dot_task(const BackwardContext& c, int task) {
   float* logits = bias + kBlock;
   float* dots = c.row_dot + (int64_t)range.code_task * plan.chunk;
   const F inverse_tau = set1(1.0f / c.in.temperature);
+  const float gap = negligible_gap(c.problem);
   for (int64_t r = range.row0; r < range.row1; ++r) dots[r] = 0.0f;
   for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
     const Block block = load_block(c.problem, plan, code0, range.code1, packed, nullptr, bias);
@@ -42,6 +43,7 @@ inline void row_dot_task(const BackwardContext& c, int task) {
       for (int i = 0; i < kMR && r + i < c.chunk_rows; ++i) {
         const SplitLse lse(c.in.lse_tau[c.row + r + i]);
         F sum = F{};
+        if (negligible(lane_maxima(logits + i * kBlock, columns) * inverse_tau, lse.high[0], gap)) continue;
         for (int j = 0; j < columns; j += kWidth)
           sum += exp_of(lse.below(load(logits + i * kBlock + j) * inverse_tau)) * load(weights + j);
         dots[r + i] += (float)horizontal_sum(sum);
@@ -50,10 +52,15 @@ inline void row_dot_task(const BackwardContext& c, int task) {
   }
 }
 
+// Which groups a row of a tile still matters to.
+struct Matters {
+  bool select, entropy;
+};
+
 // dS of one row of a tile, in place of its logits x; g: its row of g E^T.
 template <bool kSelect, bool kEntropy>
-IBQ_INLINE void logit_gradient_row(const BackwardContext& c, int64_t r, int columns, const float* g,
-                                   const float* weights, float* x) {
+IBQ_INLINE void logit_gradient_row(const BackwardContext& c, int64_t r, int columns, Matters matters,
+                                   const float* g, const float* weights, float* x) {
   const int64_t row = c.row + r;
   const SplitLse lse(kSelect ? c.in.lse[row] : 0.0), lse_t(kEntropy ? c.in.lse_tau[row] : 0.0);
   const F delta = set1(kSelect ? c.delta[r] : 0.0f);
@@ -72,14 +79,31 @@ IBQ_INLINE void logit_gradient_row(const BackwardContext& c, int64_t r, int colu
   for (int j = 0; j < columns; j += kWidth) {
     const F v = load(x + j);
     F ds = F{};
-    if (kSelect) ds = exp_of(lse.below(v)) * (load(g + j) - delta);
-    if (kEntropy) {
+    if (kSelect && matters.select) ds = exp_of(lse.below(v)) * (load(g + j) - delta);
+    if (kEntropy && matters.entropy) {
       const F log_p = lse_t.below(v * inverse_tau);
       const F p = exp_of(log_p);
       ds += p * (max_of(log_p, set1(-1e4f)) * slope + (load(weights + j) * share + offset));
     }
     store(x + j, ds);
   }
+}
+
+// dE += dS^T z for the rows [r0, r1) of a group, whose dS stands in `logits` ([kGroup][kBlock]).
+inline void spend_run(const BackwardContext& c, const Block& block, const float* logits, int64_t group,
+                      int64_t r0, int64_t r1, float* block_grad) {
+  const int64_t live = min_of(r1, c.chunk_rows) - r0;
+  accumulate_transposed(logits + (r0 - group) * kBlock, c.z_rows + r0 * c.plan.padded, live, block.codes,
+                        c.plan.padded, block_grad);
+}
+
+template <bool kSelect, bool kEntropy>
+IBQ_INLINE Matters row_matters(const BackwardContext& c, int64_t r, const float* x, int columns, float gap) {
+  if (r >= c.chunk_rows) return {false, false};
+  const F maxima = lane_maxima(x, columns);
+  const int64_t row = c.row + r;
+  return {kSelect && !negligible(maxima, (float)c.in.lse[row], gap),
+          kEntropy && !negligible(maxima * set1(1.0f / c.in.temperature), (float)c.in.lse_tau[row], gap)};
 }
 
 template <bool kSelect, bool kEntropy>
@@ -95,6 +119,7 @@ void backward_task(const BackwardContext& c, int task) {
   float zero_bias[kBlock] = {};
   float ones[kMR];
   for (int i = 0; i < kMR; ++i) ones[i] = 1.0f;
+  const float gap = negligible_gap(c.problem);
   float* grad_z = c.grad_z + (int64_t)range.code_task * plan.chunk * plan.padded;
   memset(grad_z + range.row0 * plan.padded, 0, sizeof(float) * (range.row1 - range.row0) * plan.padded);
 
@@ -106,14 +131,27 @@ void backward_task(const BackwardContext& c, int task) {
     memset(block_grad, 0, sizeof(float) * kBlock * plan.padded);
     for (int64_t group = range.row0; group < range.row1; group += kGroup) {
       const int64_t group_end = min_of(group + kGroup, range.row1);
+      int64_t run = -1;  // first row of the run of tiles whose dS waits to be spent on dE
       for (int64_t r = group; r < group_end; r += kMR) {
         float* x = logits + (r - group) * kBlock;
         logits_tile(c.tiles + r * plan.d, packed, plan.d, block.panels, c.problem.scale, bias, x);
-        if (kSelect)
+        Matters rows[kMR];
+        Matters tile = {false, false};
+        for (int i = 0; i < kMR; ++i) {
+          rows[i] = row_matters<kSelect, kEntropy>(c, r + i, x + i * kBlock, columns, gap);
+          tile.select |= rows[i].select;
+          tile.entropy |= rows[i].entropy;
+        }
+        if (!tile.select && !tile.entropy) {
+          if (run >= 0) spend_run(c, block, logits, group, run, r, block_grad);
+          run = -1;
+          continue;
+        }
+        if (kSelect && tile.select)
           logits_tile(c.cotangents + r * plan.d, packed, plan.d, block.panels, 1.0f, zero_bias, products);
         for (int i = 0; i < kMR; ++i) {
-          if (r + i < c.chunk_rows)
-            logit_gradient_row<kSelect, kEntropy>(c, r + i, columns, products + i * kBlock, weights,
+          if (rows[i].select || rows[i].entropy)
+            logit_gradient_row<kSelect, kEntropy>(c, r + i, columns, rows[i], products + i * kBlock, weights,
                                                   x + i * kBlock);
           else
             memset(x + i * kBlock, 0, sizeof(float) * columns);
@@ -122,11 +160,9 @@ void backward_task(const BackwardContext& c, int task) {
               store(bias_grad + j, load(bias_grad + j) + load(x + i * kBlock + j));
         }
         combine_tile(x, block.rows, block.codes, plan.padded, ones, grad_z + r * plan.padded);
+        if (run < 0) run = r;
       }
-      const int64_t live = min_of(group_end, c.chunk_rows) - group;
-      if (live > 0)
-        accumulate_transposed(logits, c.z_rows + group * plan.padded, live, block.codes, plan.padded,
-                              block_grad);
+      if (run >= 0) spend_run(c, block, logits, group, run, group_end, block_grad);
     }
     float* out = c.grad_codes + ((int64_t)range.row_task * plan.k + code0) * plan.d;
     for (int64_t j = 0; j < block.codes; ++j)

@@ -18,6 +18,8 @@ struct Parallel {
   void (*run)(int tasks, void (*body)(void* context, int task), void* context) = nullptr;
 };
 
+constexpr float kNegligibleMass = 2.3283064365386963e-10f;  // 2^-32
+
 // The operands every codebook kernel shares. z and codebook are row-major and contiguous.
 struct Problem {
   DType dtype = DType::kFloat32;
@@ -26,6 +28,10 @@ struct Problem {
   const float* bias = nullptr;     // [K] or null
   int64_t n = 0, k = 0, d = 0;
   float scale = 1.0f;
+  // Share of a row's softmax mass that may be left out to skip work: entries below dropped_mass / K are
+  // negligible, and a tile of nothing else is skipped. The default is far below float32 rounding whatever
+  // K and however flat or peaked the row; 0 skips nothing.
+  float dropped_mass = kNegligibleMass;
 };
 
 // Forward. Null outputs are not computed; the entropy group is computed when row_entropy is given.

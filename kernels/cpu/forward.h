@@ -50,14 +50,24 @@ IBQ_INLINE void update_best(const float* x, int columns, int32_t code0, float* b
   store_i(best_at, at);
 }
 
-// Raises *ref to the row's maximum over x * factor if any entry exceeds it, and says by what factor sums
-// taken against the old reference must be multiplied (1 when it stays).
-IBQ_INLINE float raise_reference(const float* x, int columns, float factor, float* ref) {
+// Whether a row of a tile, its maxima given by lanes, lies wholly `gap` below the reference. False for NaN.
+IBQ_INLINE bool negligible(F maxima, float reference, float gap) {
+  const F threshold = set1(reference - gap);
+  return !any_not_below(maxima, threshold);
+}
+
+// The lanes' maxima of a row of logits; NaN in a lane whose last logit is.
+IBQ_INLINE F lane_maxima(const float* x, int columns) {
   F m = load(x);
   for (int j = kWidth; j < columns; j += kWidth) m = max_of(load(x + j), m);
-  m = m * set1(factor);
-  if (!any_greater(m, set1(*ref))) return 1.0f;
-  float raised = horizontal_max(m);
+  return m;
+}
+
+// Raises *ref to the row's maximum (given by lanes) if that is greater, and says by what factor sums taken
+// against the old reference must be multiplied (1 when it stays).
+IBQ_INLINE float raise_reference(F maxima, float* ref) {
+  if (!any_greater(maxima, set1(*ref))) return 1.0f;
+  float raised = horizontal_max(maxima);
   float alpha = exp_scalar(*ref - raised);
   *ref = raised;
   return alpha;
@@ -73,6 +83,7 @@ void forward_task(const ForwardContext& c, int task) {
   float* logits = bias + kBlock;
   const int64_t base = (int64_t)range.code_task * plan.chunk;
   const float inverse_tau = 1.0f / c.out.temperature;
+  const float gap = negligible_gap(c.problem);
 
   for (int64_t r = range.row0; r < range.row1; ++r) {
     const int64_t at = base + r;
@@ -98,13 +109,15 @@ void forward_task(const ForwardContext& c, int task) {
     for (int64_t r = range.row0; r < range.row1; r += kMR) {
       logits_tile(c.tiles + r * plan.d, packed, plan.d, block.panels, c.problem.scale, bias, logits);
       float alpha[kMR];
+      bool live = false;  // whether the tile adds anything to the readout
       for (int i = 0; i < kMR; ++i) {
         const int64_t at = base + r + i;
         float* x = logits + i * kBlock;
         update_best(x, columns, (int32_t)code0, c.state.best + at * kWidth, c.state.best_at + at * kWidth);
-        if (kEntropy) {
+        const F maxima = kLse || kEntropy ? lane_maxima(x, columns) : F{};
+        if (kEntropy && !negligible(maxima * set1(inverse_tau), c.state.ref_t[at], gap)) {
           float old = c.state.ref_t[at];
-          F scale = set1(raise_reference(x, columns, inverse_tau, c.state.ref_t + at));
+          F scale = set1(raise_reference(maxima * set1(inverse_tau), c.state.ref_t + at));
           F ref = set1(c.state.ref_t[at]);
           F sum = load(c.state.sum_t + at * kWidth) * scale;
           // moment against the new reference: sum of e (y - new) = old moment + (old - new) * old sum
@@ -121,7 +134,13 @@ void forward_task(const ForwardContext& c, int task) {
           store(c.state.moment_t + at * kWidth, moment);
         }
         if (kLse) {
-          alpha[i] = raise_reference(x, columns, 1.0f, c.state.ref + at);
+          alpha[i] = 1.0f;
+          if (negligible(maxima, c.state.ref[at], gap)) {
+            if (kReadout) memset(x, 0, sizeof(float) * columns);
+            continue;
+          }
+          live = true;
+          alpha[i] = raise_reference(maxima, c.state.ref + at);
           F ref = set1(c.state.ref[at]);
           F sum = load(c.state.sum + at * kWidth) * set1(alpha[i]);
           for (int j = 0; j < columns; j += kWidth) {
@@ -132,7 +151,7 @@ void forward_task(const ForwardContext& c, int task) {
           store(c.state.sum + at * kWidth, sum);
         }
       }
-      if (kReadout)
+      if (kReadout && live)
         combine_tile(logits, block.rows, block.codes, plan.padded, alpha,
                      c.state.readout + (base + r) * plan.padded);
     }
@@ -206,6 +225,7 @@ inline void mean_prob_task(const ForwardContext& c, int task) {
   float* bias = packed + kBlock * plan.d;
   float* logits = bias + kBlock;
   const F inverse_tau = set1(1.0f / c.out.temperature);
+  const float gap = negligible_gap(c.problem);
   for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
     const Block block = load_block(c.problem, plan, code0, range.code1, packed, nullptr, bias);
     const int columns = block.panels * kNR;
@@ -214,6 +234,7 @@ inline void mean_prob_task(const ForwardContext& c, int task) {
       logits_tile(c.tiles + r * plan.d, packed, plan.d, block.panels, c.problem.scale, bias, logits);
       for (int i = 0; i < kMR && r + i < c.chunk_rows; ++i) {
         const SplitLse lse(c.out.lse_tau[c.row + r + i]);
+        if (negligible(lane_maxima(logits + i * kBlock, columns) * inverse_tau, lse.high[0], gap)) continue;
         for (int j = 0; j < columns; j += kWidth)
           store(sums + j, load(sums + j) + exp_of(lse.below(load(logits + i * kBlock + j) * inverse_tau)));
       }

@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <utility>
+
 #include "kernels/cpu/codebook.h"
 
 namespace ibq::cpu {

@@ -29,6 +29,45 @@ IBQ_INLINE float element(const void* p, int64_t i) {
   return T == DType::kBFloat16 ? from_bf16(h) : from_f16(h);
 }
 
+// kWidth consecutive elements as float32.
+template <DType T>
+IBQ_INLINE F load_as_float(const void* p, int64_t i) {
+  if (T == DType::kFloat32) return load(static_cast<const float*>(p) + i);
+  F v;
+  for (int l = 0; l < kWidth; ++l) v[l] = element<T>(p, i + l);
+  return v;
+}
+
+// Transposes a kWidth x kWidth block in registers: log2(kWidth) rounds, round s exchanging the off-diagonal
+// s x s corners of every pair (i, i + s).
+template <int kStep, int... kLane>
+IBQ_INLINE void exchange_corners(F (&v)[kWidth], std::integer_sequence<int, kLane...> lanes) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    if (i & kStep) continue;
+    const F a = v[i], b = v[i + kStep];
+    v[i] = __builtin_shufflevector(a, b, ((kLane & kStep) ? kWidth + kLane - kStep : kLane)...);
+    v[i + kStep] = __builtin_shufflevector(a, b, ((kLane & kStep) ? kWidth + kLane : kLane + kStep)...);
+  }
+  if constexpr (2 * kStep < kWidth) exchange_corners<2 * kStep>(v, lanes);
+}
+
+// Columns [0, d) of kWidth rows of src, the first at element `base`, into out[j * width + l].
+template <DType T>
+IBQ_INLINE void transpose_rows(const void* src, int64_t base, int64_t d, int width, float* out) {
+  int64_t j = 0;
+  for (; j + kWidth <= d; j += kWidth) {
+    F v[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) v[i] = load_as_float<T>(src, base + i * d + j);
+    exchange_corners<1>(v, std::make_integer_sequence<int, kWidth>());
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) store(out + (j + i) * width, v[i]);
+  }
+  for (; j < d; ++j)
+    for (int i = 0; i < kWidth; ++i) out[j * width + i] = element<T>(src, base + i * d + j);
+}
+
 // A [rows, d] block starting at row `row`, transposed into panels of `width` rows: out[panel][d][width].
 // Rows past `rows` up to the panel's end are zero.
 template <DType T>
@@ -36,16 +75,12 @@ void pack_panels_of(const void* src, int64_t row, int64_t rows, int64_t d, int w
   for (int64_t p = 0; p < rows; p += width) {
     int live = (int)(rows - p < width ? rows - p : width);
     float* panel = out + p * d;
-    // Sixteen columns at a time: each source line is read once while its destination lines stay in L1.
-    for (int64_t j0 = 0; j0 < d; j0 += 16) {
-      int64_t j1 = j0 + 16 < d ? j0 + 16 : d;
-      for (int i = 0; i < live; ++i) {
-        int64_t base = (row + p + i) * d;
-        for (int64_t j = j0; j < j1; ++j) panel[j * width + i] = element<T>(src, base + j);
-      }
-    }
-    for (int64_t j = 0; j < d; ++j)
-      for (int i = live; i < width; ++i) panel[j * width + i] = 0.0f;
+    int i = 0;
+    for (; i + kWidth <= live; i += kWidth) transpose_rows<T>(src, (row + p + i) * d, d, width, panel + i);
+    for (; i < live; ++i)
+      for (int64_t j = 0; j < d; ++j) panel[j * width + i] = element<T>(src, (row + p + i) * d + j);
+    for (; i < width; ++i)
+      for (int64_t j = 0; j < d; ++j) panel[j * width + i] = 0.0f;
   }
 }
 

@@ -101,6 +101,13 @@ IBQ_INLINE Block load_block(const Problem& p, const Plan& plan, int64_t code0, i
   return b;
 }
 
+// How far below its row's log-sum-exp a logit is negligible: the K entries below it add up to less than
+// dropped_mass. Infinite when nothing may be dropped.
+inline float negligible_gap(const Problem& p) {
+  if (!(p.dropped_mass > 0)) return __builtin_inff();
+  return (float)(log((double)p.k) - log((double)p.dropped_mass));
+}
+
 template <typename Body>
 void run_tasks(const Parallel& parallel, int tasks, const Body& body) {
   auto call = [](void* context, int task) { (*static_cast<const Body*>(context))(task); };

@@ -26,6 +26,8 @@ template <int kAStride>
 IBQ_INLINE void multiply(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t steps,
                          F (&acc)[kMR][kNV]) {
   for (int64_t s = 0; s < steps; ++s) {
+    __builtin_prefetch(b + 8 * b_step);
+    __builtin_prefetch(b + 8 * b_step + kWidth);
     F bv[kNV];
 #pragma GCC unroll 2
     for (int v = 0; v < kNV; ++v) bv[v] = load(b + v * kWidth);
