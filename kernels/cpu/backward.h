@@ -10,17 +10,32 @@ struct BackwardContext {
   const Problem& problem;
   const Backward& in;
   const Plan& plan;
-  int64_t row, chunk_rows;
-  float* tiles;         // packed rows of z
-  float* cotangents;    // packed rows of g
-  const float* z_rows;  // [chunk_rows][padded]
-  float* delta;         // [chunk] g_i . o_i
-  float* row_dot;       // [code_tasks][chunk] partial r_i
-  float* grad_z;        // [code_tasks][chunk][padded]
-  float* grad_codes;    // [row_tasks][k][d] when row_tasks > 1, else the output itself
-  float* grad_bias;     // [row_tasks][k]
-  float* scratch;       // per task
-  int64_t scratch_stride;
+  int64_t row = 0, chunk_rows = 0;
+  float* tiles = nullptr;         // packed rows of z
+  float* cotangents = nullptr;    // packed rows of g
+  const float* z_rows = nullptr;  // [chunk_rows][padded]
+  float* delta = nullptr;         // [chunk] g_i . o_i
+  float* row_dot = nullptr;       // [code_tasks][chunk] partial r_i
+  float* grad_z = nullptr;        // [code_tasks][chunk][padded]
+  float* grad_codes = nullptr;    // [row_tasks][k][d] when row_tasks > 1, else the output itself
+  float* grad_bias = nullptr;     // [row_tasks][k]
+  float* scratch = nullptr;       // per task
+  int64_t scratch_stride = 0;
+  const float* bound = nullptr;  // [2][tiles][blocks] from the forward, or null
+  int64_t call_tiles = 0, blocks = 0;
+
+  // Whether a tile may matter to the gradient.
+  template <bool kSelect, bool kEntropy>
+  bool live(int64_t r, int64_t code0, float gap) const {
+    return (kSelect && tile_live(bound, call_tiles, blocks, 0, row + r, code0, gap)) ||
+           (kEntropy && tile_live(bound, call_tiles, blocks, 1, row + r, code0, gap));
+  }
+  template <bool kSelect, bool kEntropy>
+  bool any_live(int64_t row0, int64_t row1, int64_t code0, float gap) const {
+    for (int64_t r = row0; r < row1; r += kMR)
+      if (live<kSelect, kEntropy>(r, code0, gap)) return true;
+    return false;
+  }
 };
 
 inline void row_dot_task(const BackwardContext& c, int task) {
@@ -34,11 +49,13 @@ inline void row_dot_task(const BackwardContext& c, int task) {
   const float gap = negligible_gap(c.problem);
   for (int64_t r = range.row0; r < range.row1; ++r) dots[r] = 0.0f;
   for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
+    if (!c.any_live<false, true>(range.row0, range.row1, code0, gap)) continue;
     const Block block = load_block(c.problem, plan, code0, range.code1, packed, nullptr, bias);
     const int columns = block.panels * kNR;
     float weights[kBlock] = {};
     memcpy(weights, c.in.grad_mean_prob + code0, sizeof(float) * block.codes);
     for (int64_t r = range.row0; r < range.row1; r += kMR) {
+      if (!tile_live(c.bound, c.call_tiles, c.blocks, 1, c.row + r, code0, gap)) continue;
       logits_tile(c.tiles + r * plan.d, packed, plan.d, block.panels, c.problem.scale, bias, logits);
       for (int i = 0; i < kMR && r + i < c.chunk_rows; ++i) {
         const SplitLse lse(c.in.lse_tau[c.row + r + i]);
@@ -124,6 +141,7 @@ void backward_task(const BackwardContext& c, int task) {
   memset(grad_z + range.row0 * plan.padded, 0, sizeof(float) * (range.row1 - range.row0) * plan.padded);
 
   for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
+    if (!c.any_live<kSelect, kEntropy>(range.row0, range.row1, code0, gap)) continue;
     const Block block = load_block(c.problem, plan, code0, range.code1, packed, rows_scratch, bias);
     const int columns = block.panels * kNR;
     float weights[kBlock] = {}, bias_grad[kBlock] = {};
@@ -134,10 +152,11 @@ void backward_task(const BackwardContext& c, int task) {
       int64_t run = -1;  // first row of the run of tiles whose dS waits to be spent on dE
       for (int64_t r = group; r < group_end; r += kMR) {
         float* x = logits + (r - group) * kBlock;
-        logits_tile(c.tiles + r * plan.d, packed, plan.d, block.panels, c.problem.scale, bias, x);
         Matters rows[kMR];
         Matters tile = {false, false};
-        for (int i = 0; i < kMR; ++i) {
+        const bool maybe = c.live<kSelect, kEntropy>(r, code0, gap);
+        if (maybe) logits_tile(c.tiles + r * plan.d, packed, plan.d, block.panels, c.problem.scale, bias, x);
+        for (int i = 0; i < kMR && maybe; ++i) {
           rows[i] = row_matters<kSelect, kEntropy>(c, r + i, x + i * kBlock, columns, gap);
           tile.select |= rows[i].select;
           tile.entropy |= rows[i].entropy;
@@ -203,8 +222,9 @@ template <bool kSelect, bool kEntropy>
 bool run_backward(const Problem& p, const Backward& in, const Parallel& parallel) {
   const Plan plan(p, parallel.threads);
   Workspace workspace;
-  BackwardContext c{p,       in,      plan,    0,       0,       nullptr, nullptr, nullptr,
-                    nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0};
+  BackwardContext c{p, in, plan};
+  tile_grid(plan.n, plan.k, &c.call_tiles, &c.blocks);
+  c.bound = c.blocks > 0 && p.dropped_mass > 0 ? in.tile_bound : nullptr;
   c.scratch_stride =
       round_up(kBlock * plan.d + kBlock + (kGroup + kMR) * kBlock + 2 * kBlock * plan.padded, 16);
   const bool split_rows = plan.row_tasks > 1;

@@ -50,6 +50,10 @@ struct Forward {
   double* lse_tau = nullptr;
   float* row_entropy = nullptr;
   float* mean_prob = nullptr;
+  // [2][row tiles][code blocks], sizes from Kernels::tile_grid: for each tile the greatest log P (first) and
+  // log p (second, when entropies are computed) in it. The backward uses it to skip tiles before computing
+  // them.
+  float* tile_bound = nullptr;
 };
 
 // Backward of either group or both at once (the sum of their gradients, one pass over S).
@@ -68,6 +72,7 @@ struct Backward {
   const float* row_entropy = nullptr;
   const float* grad_row_entropy = nullptr;  // [N]
   const float* grad_mean_prob = nullptr;    // [K]
+  const float* tile_bound = nullptr;        // as the forward left it, or null
   float* grad_z = nullptr;
   float* grad_codebook = nullptr;
   float* grad_bias = nullptr;
@@ -78,6 +83,8 @@ struct Kernels {
   const char* name;
   bool (*forward)(const Problem&, const Forward&, const Parallel&);
   bool (*backward)(const Problem&, const Backward&, const Parallel&);
+  // Row tiles and code blocks of tile_bound for [n, k]; both 0 where k is too small for it to pay.
+  void (*tile_grid)(int64_t n, int64_t k, int64_t* tiles, int64_t* blocks);
 };
 
 // The kernels of the best instruction set this CPU has, or of the one that the environment variable

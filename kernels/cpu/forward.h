@@ -25,14 +25,23 @@ struct ForwardContext {
   const Problem& problem;
   const Forward& out;
   const Plan& plan;
-  int64_t row;         // first row of the chunk
-  int64_t chunk_rows;  // live rows in it
-  float* tiles;        // packed rows of the chunk
-  RowState state;      // of all code tasks: [code_tasks][chunk]
-  float* scratch;      // per task
-  int64_t scratch_stride;
-  float* column_sums;  // [row_tasks][k]
+  int64_t row = 0;           // first row of the chunk
+  int64_t chunk_rows = 0;    // live rows in it
+  float* tiles = nullptr;    // packed rows of the chunk
+  RowState state = {};       // of all code tasks: [code_tasks][chunk]
+  float* scratch = nullptr;  // per task
+  int64_t scratch_stride = 0;
+  float* column_sums = nullptr;  // [row_tasks][k]
+  float* block_max = nullptr;    // [chunk][blocks] maxima of S, or null
+  float* bound = nullptr;        // [2][tiles][blocks] of the call, or null
+  int64_t call_tiles = 0, blocks = 0;
 };
+
+// Whether a tile may hold anything above `gap` below its rows' log-sum-exp. group 0: P, 1: p.
+IBQ_INLINE bool tile_live(const float* bound, int64_t tiles, int64_t blocks, int group, int64_t row,
+                          int64_t code0, float gap) {
+  return !bound || !(bound[(group * tiles + row / kMR) * blocks + code0 / kBlock] < -gap);
+}
 
 IBQ_INLINE float exp_scalar(float x) { return exp_of(set1(x))[0]; }
 
@@ -115,6 +124,8 @@ void forward_task(const ForwardContext& c, int task) {
         float* x = logits + i * kBlock;
         update_best(x, columns, (int32_t)code0, c.state.best + at * kWidth, c.state.best_at + at * kWidth);
         const F maxima = kLse || kEntropy ? lane_maxima(x, columns) : F{};
+        if ((kLse || kEntropy) && c.block_max)
+          c.block_max[(r + i) * c.blocks + code0 / kBlock] = horizontal_max(maxima);
         if (kEntropy && !negligible(maxima * set1(inverse_tau), c.state.ref_t[at], gap)) {
           float old = c.state.ref_t[at];
           F scale = set1(raise_reference(maxima * set1(inverse_tau), c.state.ref_t + at));
@@ -217,6 +228,13 @@ struct SplitLse {
   IBQ_INLINE F below(F y) const { return (y - high) - low; }
 };
 
+// Whether any of the task's tiles of a block of codes is live.
+inline bool any_live(const ForwardContext& c, const Range& range, int group, int64_t code0, float gap) {
+  for (int64_t r = range.row0; r < range.row1; r += kMR)
+    if (tile_live(c.bound, c.call_tiles, c.blocks, group, c.row + r, code0, gap)) return true;
+  return false;
+}
+
 // Second sweep: column sums of p = exp(S/tau - lse_tau), this task's rows and codes.
 inline void mean_prob_task(const ForwardContext& c, int task) {
   const Plan& plan = c.plan;
@@ -227,10 +245,12 @@ inline void mean_prob_task(const ForwardContext& c, int task) {
   const F inverse_tau = set1(1.0f / c.out.temperature);
   const float gap = negligible_gap(c.problem);
   for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
+    if (!any_live(c, range, 1, code0, gap)) continue;
     const Block block = load_block(c.problem, plan, code0, range.code1, packed, nullptr, bias);
     const int columns = block.panels * kNR;
     float sums[kBlock] = {};
     for (int64_t r = range.row0; r < range.row1; r += kMR) {
+      if (!tile_live(c.bound, c.call_tiles, c.blocks, 1, c.row + r, code0, gap)) continue;
       logits_tile(c.tiles + r * plan.d, packed, plan.d, block.panels, c.problem.scale, bias, logits);
       for (int i = 0; i < kMR && r + i < c.chunk_rows; ++i) {
         const SplitLse lse(c.out.lse_tau[c.row + r + i]);
@@ -244,11 +264,113 @@ inline void mean_prob_task(const ForwardContext& c, int task) {
   }
 }
 
+// Calls body(r) for r in [0, rows), in parallel.
+template <typename Body>
+void for_rows(const Parallel& parallel, int64_t rows, const Body& body) {
+  const int tasks = (int)min_of(parallel.threads, rows);
+  run_tasks(parallel, tasks, [&](int t) {
+    for (int64_t r = rows * t / tasks; r < rows * (t + 1) / tasks; ++r) body(r);
+  });
+}
+
+// Adds up the code tasks' parts of a row's readout, which readout_task left normalised.
+inline void sum_readout(const ForwardContext& c, int64_t r) {
+  float* o = c.out.readout + (c.row + r) * c.plan.d;
+  for (int t = 0; t < c.plan.code_tasks; ++t) {
+    const float* part = c.state.readout + ((int64_t)t * c.plan.chunk + r) * c.plan.padded;
+    for (int64_t j = 0; j < c.plan.d; ++j) o[j] = (t ? o[j] : 0.0f) + part[j];
+  }
+}
+
+// Turns a chunk's block maxima into bounds of its tiles, now that the rows' log-sum-exps are known.
+template <bool kLse, bool kEntropy>
+void bound_tile(const ForwardContext& c, int64_t tile_row) {
+  const int64_t tile = (c.row + tile_row) / kMR;
+  for (int64_t b = 0; b < c.blocks; ++b) {
+    float select = -__builtin_inff(), entropy = -__builtin_inff();
+    for (int64_t r = tile_row; r < min_of(tile_row + kMR, c.chunk_rows); ++r) {
+      const float m = c.block_max[r * c.blocks + b];
+      // negated comparisons: NaN must win, so that a NaN row's tiles stay live
+      if (kLse) {
+        const float v = m - (float)c.out.lse[c.row + r];
+        if (!(v <= select)) select = v;
+      }
+      if (kEntropy) {
+        const float v = m / c.out.temperature - (float)c.out.lse_tau[c.row + r];
+        if (!(v <= entropy)) entropy = v;
+      }
+    }
+    c.bound[tile * c.blocks + b] = select;
+    c.bound[(c.call_tiles + tile) * c.blocks + b] = entropy;
+  }
+}
+
+// The readout once the log-sum-exps are known: a sweep over the live tiles alone.
+inline void readout_task(const ForwardContext& c, int task) {
+  const Plan& plan = c.plan;
+  const Range range(plan, c.chunk_rows, task);
+  float* packed = c.scratch + c.scratch_stride * task;
+  float* rows_scratch = packed + kBlock * plan.d;
+  float* bias = rows_scratch + kBlock * plan.padded;
+  float* logits = bias + kBlock;
+  const float gap = negligible_gap(c.problem);
+  float ones[kMR];
+  for (int i = 0; i < kMR; ++i) ones[i] = 1.0f;
+  float* readout = c.state.readout + (int64_t)range.code_task * plan.chunk * plan.padded;
+  memset(readout + range.row0 * plan.padded, 0, sizeof(float) * (range.row1 - range.row0) * plan.padded);
+  for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
+    if (!any_live(c, range, 0, code0, gap)) continue;
+    const Block block = load_block(c.problem, plan, code0, range.code1, packed, rows_scratch, bias);
+    const int columns = block.panels * kNR;
+    for (int64_t r = range.row0; r < range.row1; r += kMR) {
+      if (!tile_live(c.bound, c.call_tiles, c.blocks, 0, c.row + r, code0, gap)) continue;
+      logits_tile(c.tiles + r * plan.d, packed, plan.d, block.panels, c.problem.scale, bias, logits);
+      for (int i = 0; i < kMR; ++i) {
+        float* x = logits + i * kBlock;
+        const SplitLse lse(r + i < c.chunk_rows ? c.out.lse[c.row + r + i] : 0.0);
+        for (int j = 0; j < columns; j += kWidth) store(x + j, exp_of(lse.below(load(x + j))));
+      }
+      combine_tile(logits, block.rows, block.codes, plan.padded, ones, readout + r * plan.padded);
+    }
+  }
+}
+
+// Whether P looks peaked, from a few tiles spread over the chunk against one block of codes: the mean over
+// their rows of sum exp(x - max), which is the block's size where P is flat and 1 where one code has it all.
+// It only chooses between two ways to the same readout: along with the first sweep (2 products), or after it
+// over live tiles alone (1 product and what is live of 2).
+inline bool looks_peaked(const ForwardContext& c) {
+  const Plan& plan = c.plan;
+  float* packed = c.scratch;
+  float* bias = packed + kBlock * plan.d + kBlock * plan.padded;
+  float* logits = bias + kBlock;
+  const Block block = load_block(c.problem, plan, 0, min_of(kBlock, plan.k), packed, nullptr, bias);
+  const int64_t tiles = (c.chunk_rows + kMR - 1) / kMR, probes = min_of(tiles, 4);
+  double effective = 0;
+  int64_t rows = 0;
+  for (int64_t q = 0; q < probes; ++q) {
+    const int64_t r = tiles * q / probes * kMR;
+    logits_tile(c.tiles + r * plan.d, packed, plan.d, block.panels, c.problem.scale, bias, logits);
+    for (int i = 0; i < kMR && r + i < c.chunk_rows; ++i, ++rows) {
+      const float* x = logits + i * kBlock;
+      const F top = set1(horizontal_max(lane_maxima(x, block.panels * kNR)));
+      F sum = F{};
+      for (int j = 0; j < block.panels * kNR; j += kWidth) sum += exp_of(load(x + j) - top);
+      effective += horizontal_sum(sum);
+    }
+  }
+  return effective < 0.04 * kBlock * (double)rows;
+}
+
 template <bool kLse, bool kReadout, bool kEntropy>
 bool run_forward(const Problem& p, const Forward& out, const Parallel& parallel) {
   const Plan plan(p, parallel.threads);
   Workspace workspace;
-  ForwardContext c{p, out, plan, 0, 0, nullptr, {}, nullptr, 0, nullptr};
+  ForwardContext c{p, out, plan};
+  c.bound = out.tile_bound;
+  tile_grid(plan.n, plan.k, &c.call_tiles, &c.blocks);
+  const bool bounded = c.blocks > 0 && (kReadout || kEntropy) && p.dropped_mass > 0;
+  if (!bounded) c.bound = nullptr;
   const int64_t states = (int64_t)plan.code_tasks * plan.chunk;
   c.scratch_stride =
       round_up(kBlock * plan.d + (kReadout ? kBlock * plan.padded : 0) + kBlock + kMR * kBlock, 16);
@@ -268,18 +390,34 @@ bool run_forward(const Problem& p, const Forward& out, const Parallel& parallel)
     workspace.add(&c.state.moment_t, states * kWidth);
     if (mean) workspace.add(&c.column_sums, (int64_t)plan.row_tasks * plan.k);
   }
+  if (bounded) {
+    workspace.add(&c.block_max, plan.chunk * c.blocks);
+    if (!c.bound) workspace.add(&c.bound, 2 * c.call_tiles * c.blocks);
+  }
   if (!workspace.allocate()) return false;
   if (mean) memset(c.column_sums, 0, sizeof(float) * plan.row_tasks * plan.k);
 
   for (c.row = 0; c.row < plan.n; c.row += plan.chunk) {
     c.chunk_rows = min_of(plan.chunk, plan.n - c.row);
     pack_row_tiles(p, p.z, c.row, c.chunk_rows, c.tiles, parallel);
-    run_tasks(parallel, plan.tasks(), [&](int t) { forward_task<kLse, kReadout, kEntropy>(c, t); });
-    const int tasks = (int)min_of(parallel.threads, c.chunk_rows);
-    run_tasks(parallel, tasks, [&](int t) {
-      for (int64_t r = c.chunk_rows * t / tasks; r < c.chunk_rows * (t + 1) / tasks; ++r)
+    const bool later = kReadout && bounded && looks_peaked(c);
+    if (later)
+      run_tasks(parallel, plan.tasks(), [&](int t) { forward_task<kLse, false, kEntropy>(c, t); });
+    else
+      run_tasks(parallel, plan.tasks(), [&](int t) { forward_task<kLse, kReadout, kEntropy>(c, t); });
+    for_rows(parallel, c.chunk_rows, [&](int64_t r) {
+      if (later)
+        merge_row<kLse, false, kEntropy>(c, r);
+      else
         merge_row<kLse, kReadout, kEntropy>(c, r);
     });
+    if (bounded)
+      for_rows(parallel, (c.chunk_rows + kMR - 1) / kMR,
+               [&](int64_t t) { bound_tile<kLse, kEntropy>(c, t * kMR); });
+    if (later) {
+      run_tasks(parallel, plan.tasks(), [&](int t) { readout_task(c, t); });
+      for_rows(parallel, c.chunk_rows, [&](int64_t r) { sum_readout(c, r); });
+    }
     if (mean) run_tasks(parallel, plan.tasks(), [&](int t) { mean_prob_task(c, t); });
   }
   if (mean)

@@ -4,6 +4,16 @@
 IBQ_INLINE int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
 IBQ_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Codebooks from this size on keep per-tile bounds: below it there is little to skip, and tasks may then cut
+// the codebook anywhere instead of between blocks.
+constexpr int64_t kBoundedFrom = 8192;
+
+inline void tile_grid(int64_t n, int64_t k, int64_t* tiles, int64_t* blocks) {
+  const bool bounded = k >= kBoundedFrom;
+  *tiles = bounded ? (n + kMR - 1) / kMR : 0;
+  *blocks = bounded ? (k + kBlock - 1) / kBlock : 0;
+}
+
 // Rows are taken in chunks (this bounds the workspace whatever N); inside a chunk, tasks form a grid of
 // row ranges x code ranges. Splitting codes shares the packing of a block among all rows and keeps the
 // codebook's gradient private to one task, so it comes first; rows are split when there are too few
@@ -11,13 +21,13 @@ IBQ_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 struct Plan {
   int64_t n, k, d, padded;  // padded: d rounded up to kNR
   int code_tasks, row_tasks;
-  int64_t codes_per_task;        // multiple of kNR
+  int64_t codes_per_task;        // multiple of kNR, of kBlock where bounds are kept
   int64_t chunk, rows_per_task;  // multiples of kMR
 
   Plan(const Problem& p, int threads) : n(p.n), k(p.k), d(p.d), padded(round_up(p.d, kNR)) {
     int64_t most = p.k / (2 * kBlock);
     code_tasks = (int)(most < 1 ? 1 : min_of(most, threads));
-    codes_per_task = round_up((p.k + code_tasks - 1) / code_tasks, kNR);
+    codes_per_task = round_up((p.k + code_tasks - 1) / code_tasks, p.k >= kBoundedFrom ? kBlock : kNR);
     code_tasks = (int)((p.k + codes_per_task - 1) / codes_per_task);
     int64_t tiles = (p.n + kMR - 1) / kMR;
     row_tasks = (int)min_of(threads / code_tasks < 1 ? 1 : threads / code_tasks, tiles < 1 ? 1 : tiles);
