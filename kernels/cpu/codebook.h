@@ -88,7 +88,8 @@ struct Kernels {
 };
 
 // The kernels of the best instruction set this CPU has, or of the one that the environment variable
-// IBQ_FAST_CPU_ISA names (avx512, avx2, portable). Null if the named one is unknown or absent here.
+// IBQ_FAST_CPU_ISA names (avx512_bf16, avx512, avx2, portable). Null if the named one is unknown or absent
+// here.
 const Kernels* kernels();
 // Comma-separated names of the sets that this build has and this CPU can run, best first.
 const char* available_isas();

@@ -122,3 +122,85 @@ inline const float* widen_rows(DType t, const void* src, int64_t row, int64_t ro
   }
   return scratch;
 }
+
+#if defined(__AVX512BF16__)
+// bfloat16 operands as pairs: see tile.h.
+
+// As pack_panels, words of two columns each: out[panel][(d + 1) / 2][width].
+inline void pack_pair_panels(const void* src, int64_t row, int64_t rows, int64_t d, int width, float* out) {
+  if (d % 2 == 0)  // a row of pairs already is a row of words
+    return pack_panels_of<DType::kFloat32>(src, row, rows, d / 2, width, out);
+  const uint16_t* from = static_cast<const uint16_t*>(src);
+  const int64_t depth = (d + 1) / 2;
+  for (int64_t p = 0; p < rows; p += width)
+    for (int i = 0; i < width; ++i)
+      for (int64_t j = 0; j < depth; ++j) {
+        uint32_t word = 0;
+        if (p + i < rows) {
+          const uint16_t* at = from + (row + p + i) * d + 2 * j;
+          word = at[0] | (2 * j + 1 < d ? (uint32_t)at[1] << 16 : 0);
+        }
+        __builtin_memcpy(out + p * depth + j * width + i, &word, 4);
+      }
+}
+
+// Rows two by two: out[r / 2][padded], low half row r, high half row r + 1 (zero past the end).
+inline void pair_rows(const void* src, int64_t row, int64_t rows, int64_t d, int64_t padded, float* out) {
+  const uint16_t* from = static_cast<const uint16_t*>(src);
+  for (int64_t r = 0; r < rows; r += 2) {
+    const uint16_t* low = from + (row + r) * d;
+    const uint16_t* high = low + d;
+    const bool both = r + 1 < rows;
+    float* to = out + r / 2 * padded;
+    int64_t j = 0;
+    for (; j + kWidth <= d; j += kWidth) {
+      __m512i l = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low + j)));
+      __m512i h = both ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high + j)))
+                       : _mm512_setzero_si512();
+      store(to + j, (F)_mm512_or_si512(l, _mm512_slli_epi32(h, 16)));
+    }
+    for (; j < padded; ++j) {
+      uint32_t word = j < d ? low[j] | (both ? (uint32_t)high[j] << 16 : 0) : 0;
+      __builtin_memcpy(to + j, &word, 4);
+    }
+  }
+}
+#endif
+
+// Either form, by template: panels for logits_tile, and rows for the second operand of the other products.
+template <bool kPairs>
+void pack_operand(DType t, const void* src, int64_t row, int64_t rows, int64_t d, int width, float* out) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) return pack_pair_panels(src, row, rows, d, width, out);
+#endif
+  pack_panels(t, src, row, rows, d, width, out);
+}
+
+template <bool kPairs>
+const float* rows_operand(DType t, const void* src, int64_t row, int64_t rows, int64_t d, int64_t padded,
+                          float* scratch) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) {
+    pair_rows(src, row, rows, d, padded, scratch);
+    return scratch;
+  }
+#endif
+  return widen_rows(t, src, row, rows, d, padded, scratch);
+}
+
+template <DType T>
+void add_scaled_row_of(const void* src, int64_t row, int64_t d, float scale, float* out) {
+  for (int64_t j = 0; j < d; ++j) out[j] += scale * element<T>(src, row * d + j);
+}
+
+// out += scale * row of src.
+inline void add_scaled_row(DType t, const void* src, int64_t row, int64_t d, float scale, float* out) {
+  switch (t) {
+    case DType::kFloat32:
+      return add_scaled_row_of<DType::kFloat32>(src, row, d, scale, out);
+    case DType::kBFloat16:
+      return add_scaled_row_of<DType::kBFloat16>(src, row, d, scale, out);
+    case DType::kFloat16:
+      return add_scaled_row_of<DType::kFloat16>(src, row, d, scale, out);
+  }
+}

@@ -96,16 +96,18 @@ struct Block {
 // The logit of a column that does not exist: far below any real one, finite so that 0 * it is 0.
 constexpr float kMasked = -1e30f;
 
-IBQ_INLINE Block load_block(const Problem& p, const Plan& plan, int64_t code0, int64_t code1, float* packed,
-                            float* rows_scratch, float* bias) {
+template <bool kPairs>
+Block load_block(const Problem& p, const Plan& plan, int64_t code0, int64_t code1, float* packed,
+                 float* rows_scratch, float* bias) {
   Block b;
   b.code0 = code0;
   b.codes = min_of(kBlock, code1 - code0);
   b.panels = (int)((b.codes + kNR - 1) / kNR);
-  pack_panels(p.dtype, p.codebook, code0, b.codes, p.d, kNR, packed);
+  pack_operand<kPairs>(p.dtype, p.codebook, code0, b.codes, p.d, kNR, packed);
   b.packed = packed;
-  b.rows = rows_scratch ? widen_rows(p.dtype, p.codebook, code0, b.codes, p.d, plan.padded, rows_scratch)
-                        : nullptr;
+  b.rows = rows_scratch
+               ? rows_operand<kPairs>(p.dtype, p.codebook, code0, b.codes, p.d, plan.padded, rows_scratch)
+               : nullptr;
   for (int64_t j = 0; j < kBlock; ++j) bias[j] = j >= b.codes ? kMasked : (p.bias ? p.bias[code0 + j] : 0.0f);
   b.bias = bias;
   return b;
@@ -129,13 +131,14 @@ void run_tasks(const Parallel& parallel, int tasks, const Body& body) {
 }
 
 // Packs the rows [row, row + rows) into tiles [tile][d][kMR], in parallel.
-inline void pack_row_tiles(const Problem& p, const void* src, int64_t row, int64_t rows, float* out,
-                           const Parallel& parallel) {
+template <bool kPairs>
+void pack_row_tiles(const Problem& p, const void* src, int64_t row, int64_t rows, float* out,
+                    const Parallel& parallel) {
   int64_t tiles = (rows + kMR - 1) / kMR;
   int tasks = (int)min_of(parallel.threads, tiles);
   run_tasks(parallel, tasks, [&](int t) {
     int64_t t0 = tiles * t / tasks, t1 = tiles * (t + 1) / tasks;
     int64_t r0 = t0 * kMR, r1 = min_of(t1 * kMR, rows);
-    pack_panels(p.dtype, src, row + r0, r1 - r0, p.d, kMR, out + r0 * p.d);
+    pack_operand<kPairs>(p.dtype, src, row + r0, r1 - r0, p.d, kMR, out + r0 * words<kPairs>(p.d));
   });
 }

@@ -25,22 +25,6 @@ void run_tasks(const Parallel& parallel, int tasks, const Body& body) {
     for (int t = 0; t < tasks; ++t) body(t);
 }
 
-template <DType T>
-void add_row(const void* src, int64_t row, int64_t d, float* out) {
-  for (int64_t j = 0; j < d; ++j) out[j] += element<T>(src, row * d + j);
-}
-
-void add_row(DType dtype, const void* src, int64_t row, int64_t d, float* out) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return add_row<DType::kFloat32>(src, row, d, out);
-    case DType::kBFloat16:
-      return add_row<DType::kBFloat16>(src, row, d, out);
-    case DType::kFloat16:
-      return add_row<DType::kFloat16>(src, row, d, out);
-  }
-}
-
 }  // namespace
 
 void gather_rows(const void* table, const int64_t* indices, int64_t n, int64_t row_bytes, void* dst,
@@ -61,8 +45,8 @@ void scatter_add_rows(DType dtype, const void* a, const void* b, const int64_t* 
     for (int64_t i = 0; i < n; ++i) {
       if (indices[i] < first || indices[i] >= last) continue;
       float* out = grad_codebook + indices[i] * d;
-      if (a) add_row(dtype, a, i, d, out);
-      if (b) add_row(dtype, b, i, d, out);
+      if (a) add_scaled_row(dtype, a, i, d, 1.0f, out);
+      if (b) add_scaled_row(dtype, b, i, d, 1.0f, out);
     }
   });
 }
