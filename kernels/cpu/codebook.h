@@ -18,6 +18,8 @@ struct Parallel {
   void (*run)(int tasks, void (*body)(void* context, int task), void* context) = nullptr;
 };
 
+constexpr float kNegligibleMass = 2.3283064365386963e-10f;  // 2^-32
+
 // The operands every codebook kernel shares. z and codebook are row-major and contiguous.
 struct Problem {
   DType dtype = DType::kFloat32;
@@ -26,6 +28,10 @@ struct Problem {
   const float* bias = nullptr;     // [K] or null
   int64_t n = 0, k = 0, d = 0;
   float scale = 1.0f;
+  // Share of a row's softmax mass that may be left out to skip work: entries below dropped_mass / K are
+  // negligible, and a tile of nothing else is skipped. The default is far below float32 rounding whatever
+  // K and however flat or peaked the row; 0 skips nothing.
+  float dropped_mass = kNegligibleMass;
 };
 
 // Forward. Null outputs are not computed; the entropy group is computed when row_entropy is given.
@@ -44,6 +50,10 @@ struct Forward {
   double* lse_tau = nullptr;
   float* row_entropy = nullptr;
   float* mean_prob = nullptr;
+  // [2][row tiles][code blocks], sizes from Kernels::tile_grid: for each tile the greatest log P (first) and
+  // log p (second, when entropies are computed) in it. The backward uses it to skip tiles before computing
+  // them.
+  float* tile_bound = nullptr;
 };
 
 // Backward of either group or both at once (the sum of their gradients, one pass over S).
@@ -62,6 +72,7 @@ struct Backward {
   const float* row_entropy = nullptr;
   const float* grad_row_entropy = nullptr;  // [N]
   const float* grad_mean_prob = nullptr;    // [K]
+  const float* tile_bound = nullptr;        // as the forward left it, or null
   float* grad_z = nullptr;
   float* grad_codebook = nullptr;
   float* grad_bias = nullptr;
@@ -72,10 +83,13 @@ struct Kernels {
   const char* name;
   bool (*forward)(const Problem&, const Forward&, const Parallel&);
   bool (*backward)(const Problem&, const Backward&, const Parallel&);
+  // Row tiles and code blocks of tile_bound for [n, k]; both 0 where k is too small for it to pay.
+  void (*tile_grid)(int64_t n, int64_t k, int64_t* tiles, int64_t* blocks);
 };
 
 // The kernels of the best instruction set this CPU has, or of the one that the environment variable
-// IBQ_FAST_CPU_ISA names (avx512, avx2, portable). Null if the named one is unknown or absent here.
+// IBQ_FAST_CPU_ISA names (avx512_bf16, avx512, avx2, portable). Null if the named one is unknown or absent
+// here.
 const Kernels* kernels();
 // Comma-separated names of the sets that this build has and this CPU can run, best first.
 const char* available_isas();

@@ -8,6 +8,7 @@
 namespace ibq::cpu {
 
 #if defined(IBQ_HAVE_X86_ISAS)
+extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx2;
 #endif
@@ -23,9 +24,11 @@ struct Candidate {
 // Best first.
 const Candidate* candidates(int* count) {
 #if defined(IBQ_HAVE_X86_ISAS)
+  static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const Candidate list[] = {
-      {&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {&kernels_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")},
+      {&kernels_avx512, avx512},
       {&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
       {&kernels_portable, true},
   };

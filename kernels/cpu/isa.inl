@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <utility>
+
 #include "kernels/cpu/codebook.h"
 
 namespace ibq::cpu {
@@ -23,5 +25,5 @@ namespace {
 }  // namespace
 
 extern const Kernels IBQ_KERNELS;
-const Kernels IBQ_KERNELS = {IBQ_ISA_NAME, &forward, &backward};
+const Kernels IBQ_KERNELS = {IBQ_ISA_NAME, &forward, &backward, &tile_grid};
 }  // namespace ibq::cpu

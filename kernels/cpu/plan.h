@@ -4,6 +4,16 @@
 IBQ_INLINE int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
 IBQ_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Codebooks from this size on keep per-tile bounds: below it there is little to skip, and tasks may then cut
+// the codebook anywhere instead of between blocks.
+constexpr int64_t kBoundedFrom = 8192;
+
+inline void tile_grid(int64_t n, int64_t k, int64_t* tiles, int64_t* blocks) {
+  const bool bounded = k >= kBoundedFrom;
+  *tiles = bounded ? (n + kMR - 1) / kMR : 0;
+  *blocks = bounded ? (k + kBlock - 1) / kBlock : 0;
+}
+
 // Rows are taken in chunks (this bounds the workspace whatever N); inside a chunk, tasks form a grid of
 // row ranges x code ranges. Splitting codes shares the packing of a block among all rows and keeps the
 // codebook's gradient private to one task, so it comes first; rows are split when there are too few
@@ -11,13 +21,13 @@ IBQ_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 struct Plan {
   int64_t n, k, d, padded;  // padded: d rounded up to kNR
   int code_tasks, row_tasks;
-  int64_t codes_per_task;        // multiple of kNR
+  int64_t codes_per_task;        // multiple of kNR, of kBlock where bounds are kept
   int64_t chunk, rows_per_task;  // multiples of kMR
 
   Plan(const Problem& p, int threads) : n(p.n), k(p.k), d(p.d), padded(round_up(p.d, kNR)) {
     int64_t most = p.k / (2 * kBlock);
     code_tasks = (int)(most < 1 ? 1 : min_of(most, threads));
-    codes_per_task = round_up((p.k + code_tasks - 1) / code_tasks, kNR);
+    codes_per_task = round_up((p.k + code_tasks - 1) / code_tasks, p.k >= kBoundedFrom ? kBlock : kNR);
     code_tasks = (int)((p.k + codes_per_task - 1) / codes_per_task);
     int64_t tiles = (p.n + kMR - 1) / kMR;
     row_tasks = (int)min_of(threads / code_tasks < 1 ? 1 : threads / code_tasks, tiles < 1 ? 1 : tiles);
@@ -86,19 +96,28 @@ struct Block {
 // The logit of a column that does not exist: far below any real one, finite so that 0 * it is 0.
 constexpr float kMasked = -1e30f;
 
-IBQ_INLINE Block load_block(const Problem& p, const Plan& plan, int64_t code0, int64_t code1, float* packed,
-                            float* rows_scratch, float* bias) {
+template <bool kPairs>
+Block load_block(const Problem& p, const Plan& plan, int64_t code0, int64_t code1, float* packed,
+                 float* rows_scratch, float* bias) {
   Block b;
   b.code0 = code0;
   b.codes = min_of(kBlock, code1 - code0);
   b.panels = (int)((b.codes + kNR - 1) / kNR);
-  pack_panels(p.dtype, p.codebook, code0, b.codes, p.d, kNR, packed);
+  pack_operand<kPairs>(p.dtype, p.codebook, code0, b.codes, p.d, kNR, packed);
   b.packed = packed;
-  b.rows = rows_scratch ? widen_rows(p.dtype, p.codebook, code0, b.codes, p.d, plan.padded, rows_scratch)
-                        : nullptr;
+  b.rows = rows_scratch
+               ? rows_operand<kPairs>(p.dtype, p.codebook, code0, b.codes, p.d, plan.padded, rows_scratch)
+               : nullptr;
   for (int64_t j = 0; j < kBlock; ++j) bias[j] = j >= b.codes ? kMasked : (p.bias ? p.bias[code0 + j] : 0.0f);
   b.bias = bias;
   return b;
+}
+
+// How far below its row's log-sum-exp a logit is negligible: the K entries below it add up to less than
+// dropped_mass. Infinite when nothing may be dropped.
+inline float negligible_gap(const Problem& p) {
+  if (!(p.dropped_mass > 0)) return __builtin_inff();
+  return (float)(log((double)p.k) - log((double)p.dropped_mass));
 }
 
 template <typename Body>
@@ -112,13 +131,14 @@ void run_tasks(const Parallel& parallel, int tasks, const Body& body) {
 }
 
 // Packs the rows [row, row + rows) into tiles [tile][d][kMR], in parallel.
-inline void pack_row_tiles(const Problem& p, const void* src, int64_t row, int64_t rows, float* out,
-                           const Parallel& parallel) {
+template <bool kPairs>
+void pack_row_tiles(const Problem& p, const void* src, int64_t row, int64_t rows, float* out,
+                    const Parallel& parallel) {
   int64_t tiles = (rows + kMR - 1) / kMR;
   int tasks = (int)min_of(parallel.threads, tiles);
   run_tasks(parallel, tasks, [&](int t) {
     int64_t t0 = tiles * t / tasks, t1 = tiles * (t + 1) / tasks;
     int64_t r0 = t0 * kMR, r1 = min_of(t1 * kMR, rows);
-    pack_panels(p.dtype, src, row + r0, r1 - r0, p.d, kMR, out + r0 * p.d);
+    pack_operand<kPairs>(p.dtype, src, row + r0, r1 - r0, p.d, kMR, out + r0 * words<kPairs>(p.d));
   });
 }

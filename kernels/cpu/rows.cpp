@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "kernels/cpu/codebook.h"
@@ -22,22 +23,6 @@ void run_tasks(const Parallel& parallel, int tasks, const Body& body) {
     parallel.run(tasks, call, const_cast<Body*>(&body));
   else
     for (int t = 0; t < tasks; ++t) body(t);
-}
-
-template <DType T>
-void add_row(const void* src, int64_t row, int64_t d, float* out) {
-  for (int64_t j = 0; j < d; ++j) out[j] += element<T>(src, row * d + j);
-}
-
-void add_row(DType dtype, const void* src, int64_t row, int64_t d, float* out) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return add_row<DType::kFloat32>(src, row, d, out);
-    case DType::kBFloat16:
-      return add_row<DType::kBFloat16>(src, row, d, out);
-    case DType::kFloat16:
-      return add_row<DType::kFloat16>(src, row, d, out);
-  }
 }
 
 }  // namespace
@@ -60,8 +45,8 @@ void scatter_add_rows(DType dtype, const void* a, const void* b, const int64_t* 
     for (int64_t i = 0; i < n; ++i) {
       if (indices[i] < first || indices[i] >= last) continue;
       float* out = grad_codebook + indices[i] * d;
-      if (a) add_row(dtype, a, i, d, out);
-      if (b) add_row(dtype, b, i, d, out);
+      if (a) add_scaled_row(dtype, a, i, d, 1.0f, out);
+      if (b) add_scaled_row(dtype, b, i, d, 1.0f, out);
     }
   });
 }

@@ -49,6 +49,20 @@ IBQ_INLINE bool any_greater(F a, F b) {
 #endif
 }
 
+// Whether any lane of a is not below b's: NaN counts as not below.
+IBQ_INLINE bool any_not_below(F a, F b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLT_UQ)) != 0;
+#else
+  I m = ~(a < b);
+  int32_t any = 0;
+  for (int i = 0; i < kWidth; ++i) any |= m[i];
+  return any != 0;
+#endif
+}
+
 IBQ_INLINE float horizontal_max(F v) {
   float m = v[0];
   for (int i = 1; i < kWidth; ++i) m = v[i] > m ? v[i] : m;

@@ -21,19 +21,57 @@ static_assert(kBlock % kNR == 0 && kBlock % kMR == 0, "block must hold whole til
 // Rows whose dS is gathered before the dE product: long enough to amortise its accumulators' traffic.
 constexpr int kGroup = 8 * kMR;
 
-// acc[i][v] += sum_k A[k * a_step + i * kAStride] * B[k * b_step + v * kWidth]
-template <int kAStride>
+// Operands come in two forms. Single: float32. Pairs: bfloat16, two consecutive terms of the product in one
+// 32-bit word, multiplied and added in one instruction; half the words, twice the rate. Only a translation
+// unit compiled for AVX512-BF16 has pairs; elsewhere bfloat16 is widened to float32 while packing.
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+// 32-bit words that `terms` terms of a product take.
+template <bool kPairs>
+IBQ_INLINE int64_t words(int64_t terms) {
+  return kPairs ? (terms + 1) / 2 : terms;
+}
+
+template <bool kPairs>
+IBQ_INLINE F multiply_add(F a, F b, F c) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) return (F)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#endif
+  return a * b + c;
+}
+
+// One word in every lane. A pair must keep its bits, so no arithmetic touches it.
+template <bool kPairs>
+IBQ_INLINE F broadcast(const float* p) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) {
+    int32_t bits;
+    __builtin_memcpy(&bits, p, 4);
+    return (F)_mm512_set1_epi32(bits);
+  }
+#endif
+  return set1(*p);
+}
+
+// acc[i][v] += sum_k A[k * a_step + i * kAStride] * B[k * b_step + v * kWidth], steps and strides in words
+template <bool kPairs, int kAStride>
 IBQ_INLINE void multiply(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t steps,
                          F (&acc)[kMR][kNV]) {
   for (int64_t s = 0; s < steps; ++s) {
+    __builtin_prefetch(b + 8 * b_step);
+    __builtin_prefetch(b + 8 * b_step + kWidth);
     F bv[kNV];
 #pragma GCC unroll 2
     for (int v = 0; v < kNV; ++v) bv[v] = load(b + v * kWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < kMR; ++i) {
-      F av = set1(a[i * kAStride]);
+      F av = broadcast<kPairs>(a + i * kAStride);
 #pragma GCC unroll 2
-      for (int v = 0; v < kNV; ++v) acc[i][v] += av * bv[v];
+      for (int v = 0; v < kNV; ++v) acc[i][v] = multiply_add<kPairs>(av, bv[v], acc[i][v]);
     }
     a += a_step;
     b += b_step;
@@ -48,14 +86,15 @@ IBQ_INLINE void clear(F (&acc)[kMR][kNV]) {
 }
 
 // out[kMR][kBlock] = scale * rows . codes^T + bias for `panels` panels of a packed block.
-// rows: one packed tile [d][kMR]; codes: [panels][d][kNR]; bias: [kBlock].
-inline void logits_tile(const float* rows, const float* codes, int64_t d, int panels, float scale,
-                        const float* bias, float* out) {
+// rows: one packed tile [depth][kMR]; codes: [panels][depth][kNR], depth in words; bias: [kBlock].
+template <bool kPairs>
+void logits_tile(const float* rows, const float* codes, int64_t depth, int panels, float scale,
+                 const float* bias, float* out) {
   const F scale_v = set1(scale);
   for (int p = 0; p < panels; ++p) {
     F acc[kMR][kNV];
     clear(acc);
-    multiply<1>(rows, kMR, codes + (int64_t)p * kNR * d, kNR, d, acc);
+    multiply<kPairs, 1>(rows, kMR, codes + (int64_t)p * kNR * depth, kNR, depth, acc);
 #pragma GCC unroll 16
     for (int i = 0; i < kMR; ++i)
 #pragma GCC unroll 2
@@ -66,14 +105,41 @@ inline void logits_tile(const float* rows, const float* codes, int64_t d, int pa
   }
 }
 
+#if defined(__AVX512BF16__)
+// Rounds `count` floats (a multiple of 32) to bfloat16, in order: neighbours become a pair.
+IBQ_INLINE void round_row(const float* x, int64_t count, float* out) {
+  for (int64_t j = 0; j < count; j += 2 * kWidth) {
+    __m512bh h = _mm512_cvtne2ps_pbh((__m512)load(x + j + kWidth), (__m512)load(x + j));
+    store(out + j / 2, (F)h);
+  }
+}
+
+// out[j] = pair of (low[j], high[j]) rounded to bfloat16.
+IBQ_INLINE F round_pair(F low, F high) {
+  __m512i l = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)low));
+  __m512i h = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)high));
+  return (F)_mm512_or_si512(l, _mm512_slli_epi32(h, 16));
+}
+#endif
+
 // out[i][:padded] = out[i] * alpha[i] + sum_k weights[i][k] * rows[k] for the kMR rows of a tile.
-// weights: [kMR][kBlock]; rows: [count][padded].
-inline void combine_tile(const float* weights, const float* rows, int64_t count, int64_t padded,
-                         const float* alpha, float* out) {
+// weights: [kMR][kBlock], zero from `count` to the next multiple of kNR; rows: [words(count)][padded].
+template <bool kPairs>
+void combine_tile(const float* weights, const float* rows, int64_t count, int64_t padded, const float* alpha,
+                  float* out) {
+  constexpr int kStride = kPairs ? kBlock / 2 : kBlock;
+#if defined(__AVX512BF16__)
+  alignas(64) float rounded[kPairs ? kMR * kStride : 1];
+  if constexpr (kPairs) {
+    const int64_t whole = (count + kNR - 1) / kNR * kNR;
+    for (int i = 0; i < kMR; ++i) round_row(weights + i * kBlock, whole, rounded + i * kStride);
+    weights = rounded;
+  }
+#endif
   for (int64_t c = 0; c < padded; c += kNR) {
     F acc[kMR][kNV];
     clear(acc);
-    multiply<kBlock>(weights, 1, rows + c, padded, count, acc);
+    multiply<kPairs, kStride>(weights, 1, rows + c, padded, words<kPairs>(count), acc);
 #pragma GCC unroll 16
     for (int i = 0; i < kMR; ++i) {
       F scale = set1(alpha[i]);
@@ -87,9 +153,22 @@ inline void combine_tile(const float* weights, const float* rows, int64_t count,
 }
 
 // out[j][:padded] += sum_r weights[r][j] * rows[r] for all codes j of a block.
-// weights: [count][kBlock]; rows: [count][padded]; out: [codes rounded up to kMR][padded].
-inline void accumulate_transposed(const float* weights, const float* rows, int64_t count, int64_t codes,
-                                  int64_t padded, float* out) {
+// weights: [count][kBlock], count <= kGroup; rows: [words(count)][padded]; out: [codes rounded up to
+// kMR][padded].
+template <bool kPairs>
+void accumulate_transposed(const float* weights, const float* rows, int64_t count, int64_t codes,
+                           int64_t padded, float* out) {
+#if defined(__AVX512BF16__)
+  alignas(64) float rounded[kPairs ? kGroup / 2 * kBlock : 1];
+  if constexpr (kPairs) {
+    for (int64_t r = 0; r < count; r += 2)
+      for (int64_t j = 0; j < codes; j += kWidth) {
+        const F high = r + 1 < count ? load(weights + (r + 1) * kBlock + j) : F{};
+        store(rounded + r / 2 * kBlock + j, round_pair(load(weights + r * kBlock + j), high));
+      }
+    weights = rounded;
+  }
+#endif
   for (int64_t c = 0; c < padded; c += kNR)
     for (int64_t j = 0; j < codes; j += kMR) {
       F acc[kMR][kNV];
@@ -97,7 +176,7 @@ inline void accumulate_transposed(const float* weights, const float* rows, int64
       for (int i = 0; i < kMR; ++i)
 #pragma GCC unroll 2
         for (int v = 0; v < kNV; ++v) acc[i][v] = load(out + (j + i) * padded + c + v * kWidth);
-      multiply<1>(weights + j, kBlock, rows + c, padded, count, acc);
+      multiply<kPairs, 1>(weights + j, kBlock, rows + c, padded, words<kPairs>(count), acc);
 #pragma GCC unroll 16
       for (int i = 0; i < kMR; ++i)
 #pragma GCC unroll 2

@@ -183,6 +183,9 @@ void check_case(const Kernels& kernels, const Case& s, int thread_count, bool bf
   // Rounding of a logit of size |S| is about eps sqrt(D) |S|; exponentials turn it into a relative error.
   const double magnitude = *std::max_element(want.max.begin(), want.max.end());
   const double eps = 1.2e-7 * std::sqrt(double(s.d) + 4), tol = 8 * eps * (1 + std::fabs(magnitude));
+  // Where bfloat16 is multiplied as such, P and dS are rounded to it before their products.
+  const bool rounded = bf16 && std::strcmp(kernels.name, "avx512_bf16") == 0;
+  const double coarse = rounded ? 1.0 / 256 : 0.0;
   const double tol_t = 8 * eps * (1 + std::fabs(magnitude) / s.temperature);
   auto near = [&](double error, double bound, const char* what) {
     char text[96];
@@ -191,7 +194,7 @@ void check_case(const Kernels& kernels, const Case& s, int thread_count, bool bf
   };
   near(worst(max, want.max), tol, "max");
   near(worst(lse, want.lse), tol, "lse");
-  near(worst(readout, want.readout), tol, "readout");
+  near(worst(readout, want.readout), tol + coarse, "readout");
   near(worst(lse_tau, want.lse_tau), tol_t, "lse_tau");
   if (s.k > 1) near(worst(entropy, want.entropy), tol_t, "entropy");
   near(worst(mean, want.mean), tol_t, "mean");
@@ -204,13 +207,73 @@ void check_case(const Kernels& kernels, const Case& s, int thread_count, bool bf
   b.grad_z = grad_z.data(), b.grad_codebook = grad_e.data(), b.grad_bias = grad_b.data();
   expect(kernels.backward(p, b, parallel), name.str() + " backward");
   if (s.k > 1) {
-    near(worst(grad_z, want.grad_z), 4 * tol_t, "grad_z");
-    near(worst(grad_e, want.grad_e), 4 * tol_t, "grad_codebook");
+    near(worst(grad_z, want.grad_z), 4 * tol_t + coarse, "grad_z");
+    near(worst(grad_e, want.grad_e), 4 * tol_t + coarse, "grad_codebook");
     near(worst(grad_b, want.grad_b), 4 * tol_t, "grad_bias");
   }
   std::vector<float> again_z = grad_z, again_e = grad_e;
   kernels.backward(p, b, parallel);
   expect(again_z == grad_z && again_e == grad_e, name.str() + " backward is not repeatable");
+}
+
+// Codebooks large enough for tile bounds: flat rows, one-hot rows and both side by side. With and without
+// skipping the results must agree to float32 rounding, and skipping must be what saves the work.
+void check_skipping(const Kernels& kernels) {
+  const int n = 61, k = 8300, d = 48;
+  std::mt19937 rng(5);
+  std::normal_distribution<float> normal;
+  std::vector<float> e(k * d), z(n * d), g(n * d), a(n), c(k);
+  for (auto* v : {&e, &g, &a, &c})
+    for (auto& f : *v) f = normal(rng);
+  for (auto& f : e) f *= 4.0f;
+  for (const char* kind : {"flat", "peaked", "mixed"}) {
+    for (int i = 0; i < n; ++i) {
+      const bool peaked = kind[0] == 'p' || (kind[0] == 'm' && i % 2);
+      const int code = static_cast<int>(rng() % k);
+      for (int m = 0; m < d; ++m) z[i * d + m] = peaked ? e[code * d + m] : 0.001f * normal(rng);
+    }
+    Problem p;
+    p.z = z.data(), p.codebook = e.data(), p.n = n, p.k = k, p.d = d;
+    int64_t tiles, blocks;
+    kernels.tile_grid(n, k, &tiles, &blocks);
+    expect(tiles > 0 && blocks > 0, "a codebook of 8,300 codes keeps tile bounds");
+    std::vector<double> results[2];
+    for (int pass = 0; pass < 2; ++pass) {
+      p.dropped_mass = pass == 0 ? 0.0f : kNegligibleMass;
+      std::vector<int64_t> indices(n);
+      std::vector<float> readout(n * d), entropy(n), mean(k), bound(2 * tiles * blocks);
+      std::vector<double> lse(n), lse_tau(n);
+      std::vector<float> grad_z(n * d), grad_e(k * d);
+      Forward f;
+      f.indices = indices.data(), f.lse = lse.data(), f.readout = readout.data(), f.temperature = 0.1f;
+      f.lse_tau = lse_tau.data(), f.row_entropy = entropy.data(), f.mean_prob = mean.data();
+      f.tile_bound = bound.data();
+      kernels.forward(p, f, threads(2));
+      Backward b;
+      b.grad_z_q = g.data(), b.lse = lse.data(), b.readout = readout.data(), b.temperature = 0.1f;
+      b.lse_tau = lse_tau.data(), b.row_entropy = entropy.data(), b.grad_row_entropy = a.data();
+      b.grad_mean_prob = c.data(), b.grad_z = grad_z.data(), b.grad_codebook = grad_e.data();
+      b.tile_bound = bound.data();
+      kernels.backward(p, b, threads(2));
+      if (pass == 1 && kind[0] == 'p') {
+        int64_t dead = 0;
+        for (int64_t t = 0; t < tiles * blocks; ++t) dead += bound[t] < -40;
+        expect(dead > tiles * blocks / 2, "most tiles of peaked rows are negligible");
+      }
+      auto keep = [&](const auto& v, double scale) {
+        for (auto x : v) results[pass].push_back(double(x) / scale);
+      };
+      keep(lse, 100), keep(readout, 10), keep(lse_tau, 1000), keep(entropy, 1), keep(mean, 0.1);
+      keep(grad_z, 1000), keep(grad_e, 1000);
+    }
+    double worst_difference = 0;
+    for (size_t i = 0; i < results[0].size(); ++i)
+      worst_difference = std::max(worst_difference, std::fabs(results[0][i] - results[1][i]));
+    char text[120];
+    std::snprintf(text, sizeof(text), "%s: %s rows differ by %.3g with skipping", kernels.name, kind,
+                  worst_difference);
+    expect(worst_difference < 2e-6, text);
+  }
 }
 
 void check_ties_and_nan(const Kernels& kernels) {
@@ -276,6 +339,8 @@ int main() {
     for (const Case& c : cases)
       for (int t : {1, 3}) check_case(*k, c, t, false);
     check_case(*k, cases[2], 2, true);
+    check_case(*k, cases[4], 1, true);
+    check_skipping(*k);
     check_ties_and_nan(*k);
   }
   expect(kernels_named("quantum") == nullptr, "an unknown instruction set must be refused");
