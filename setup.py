@@ -19,11 +19,16 @@ ROOT = Path(__file__).resolve().parent
 PYTHON_ABI = "cp310"
 
 
+def find_tool(name: str) -> str | None:
+    """The tool of this Python's environment, else the one on the PATH."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
 class CMakeBuild(build_ext):
     """Runs CMake for ``ibq_fast._C`` and leaves the module where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
-        cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        cmake = find_tool("cmake")
         if cmake is None:
             raise SystemExit("ibq_fast: cmake was not found; `pip install cmake ninja` provides it.")
         if not any(shutil.which(c) for c in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if c):
@@ -40,13 +45,13 @@ class CMakeBuild(build_ext):
             f"-DIBQ_FAST_OUTPUT={output}",
             f"-DIBQ_FAST_CUDA={cuda}",
         ]  # fmt: skip
-        ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        ninja = find_tool("ninja")
         if ninja and not (build / "CMakeCache.txt").exists():
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         for command in (configure, [cmake, "--build", str(build), "--target", "_C", "--parallel", jobs]):
             if subprocess.run(command, cwd=ROOT).returncode:
-                raise SystemExit(f"ibq_fast: building the extension failed at `{' '.join(command[:2])} …`; see above.")
+                raise SystemExit(f"ibq_fast: the build failed at `{' '.join(command[:2])} …`; see above.")
 
 
 class LimitedApiWheel(bdist_wheel):

@@ -22,7 +22,18 @@ _PUBLIC = {
     "set_backend": "ibq_fast.ops",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "Generator",
+    "GeneratorConfig",
+    "IndexBackpropQuantizer",
+    "QuantizerConfig",
+    "QuantizerOutput",
+    "Tokenizer",
+    "TokenizerConfig",
+    "VectorQuantizer",
+    "__version__",
+    "set_backend",
+]
 
 if TYPE_CHECKING:
     from ibq_fast.generator import Generator, GeneratorConfig
