@@ -7,7 +7,7 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 CPP    := $(shell git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh' 2>/dev/null)
 RUN    ?= runs/quickstart
 
-.PHONY: help quickstart test lint format kernel-tests cuda-check pytest sanitize clean
+.PHONY: help quickstart test bench lint format kernel-tests cuda-check pytest sanitize clean
 
 help:  ## This list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,6 +52,10 @@ cuda-check: build  ## Compile the CUDA kernels for sm_80, sm_90a and sm_100a and
 
 pytest: build
 	$(PY) -m pytest -q --durations=15
+
+bench: build  ## Measure everything against its peers (some 12 minutes): docs/benchmarks.md
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench]'
+	$(PY) -m bench.report $(BENCH)
 
 sanitize: $(STAMP)  ## CTest under the address and undefined-behaviour sanitizers
 	$(VENV)/bin/cmake -S . -B build/sanitize -DIBQ_FAST_SANITIZE=ON -DIBQ_FAST_EXTENSION=OFF -DIBQ_FAST_CUDA=off

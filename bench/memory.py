@@ -52,7 +52,7 @@ def _probe(kernel: str, case: Case, entry_name: str) -> Probe:
     suite = SUITES[kernel]
     entry = next(entry for entry in suite.entries if entry.name == entry_name)
     # A compiler needs its own shape to be warm; for everything else a small one loads what there is to load.
-    warm_case = case if "compile" in entry.provider else replace(case, n=_WARM_ROWS, k=_WARM_CODES)
+    warm_case = case if entry.compiles else replace(case, n=_WARM_ROWS, k=_WARM_CODES)
     entry.prepare(suite.problem(warm_case))()
     call = entry.prepare(suite.problem(case))
     gc.collect()

@@ -67,10 +67,10 @@ def check(problem: Problem, entry: Entry[Problem], step: Step) -> None:
     range_of_entropy = torch.tensor(float(len(problem.codebook))).log().item()
     whole = exact["gradient of selected codes"].norm().item()
     floors = {
-        "quantization loss": 16 * eps * exact["quantization loss"].item(),
-        "sample entropy": 16 * eps * range_of_entropy,
-        "codebook entropy": 16 * eps * range_of_entropy,
-        "gradient of other codes": eps * whole,
+        "quantization loss": 8 * eps * exact["quantization loss"].item(),
+        "sample entropy": 8 * eps * range_of_entropy,
+        "codebook entropy": 8 * eps * range_of_entropy,
+        "gradient of other codes": 0.5 * eps * whole,
     }
     judge(entry, {name: value.detach() for name, value in got.items()}, exact, problem.plain, floors)
 
@@ -137,7 +137,13 @@ SUITE: Suite[Problem] = Suite(
         Entry(OURS, "float32", _ours("float32")),
         Entry(OURS, "bfloat16", _ours("bfloat16"), dtype="bfloat16"),
         Entry("eager", "float32", _eager(compiled=False), nxk=12),
-        Entry("torch.compile", "float32", _eager(compiled=True), nxk=10),
-        Entry("chunked eager", "float32", _ours("float32", backend="composite")),
+        Entry("torch.compile", "float32", _eager(compiled=True), nxk=10, compiles=True),
+        # Many small products take long at the largest size; one regime tells how long.
+        Entry(
+            "chunked eager",
+            "float32",
+            _ours("float32", backend="composite"),
+            serves=lambda case: case.k <= 1 << 16 or case.regime == "training-like",
+        ),
     ),
 )

@@ -19,8 +19,9 @@ from bench import machine
 from bench.cases import Case
 from bench.suite import Entry, Suite
 
-# A sample is at least this long: shorter calls are repeated within it.
-MIN_SAMPLE_SECONDS = 0.005
+# A sample is at least this long: shorter calls are repeated within it, after one that is not timed, because
+# the threads of the library before may still be spinning and the caches hold its data.
+MIN_SAMPLE_SECONDS = 0.02
 MIN_ROUNDS, MAX_ROUNDS = 3, 40
 # Rounds this long are repeated once only.
 LONG_ROUND_SECONDS = 30.0
@@ -73,7 +74,9 @@ def run(suite: Suite[Any], case: Case, entries: Sequence[Entry[Any]], seconds: f
     calls, repeats = {}, {}
     for entry in entries:
         call = entry.prepare(problem)
+        begun = time.perf_counter()
         result = call()
+        first = time.perf_counter() - begun
         try:
             suite.check(problem, entry, result)
         except AssertionError as error:
@@ -82,7 +85,7 @@ def run(suite: Suite[Any], case: Case, entries: Sequence[Entry[Any]], seconds: f
         finally:
             del result
         calls[entry.name] = call
-        repeats[entry.name] = _repeats(call)
+        repeats[entry.name] = 1 if first > 1 and not entry.compiles else _repeats(call)
     race = Race(lanes, {dtype: [] for dtype in machine.KINDS})
     names = list(calls)
     gc.collect()
@@ -105,13 +108,15 @@ def run(suite: Suite[Any], case: Case, entries: Sequence[Entry[Any]], seconds: f
 
 
 def _repeats(call: Any) -> int:
-    """Calls that fill a sample; the first call has just been made, so this one is warm."""
+    """Calls that fill a sample; one has been made before, so the one here is warm."""
     begun = time.perf_counter()
     call()
     return max(1, math.ceil(MIN_SAMPLE_SECONDS / (time.perf_counter() - begun)))
 
 
 def _sample(call: Any, repeats: int) -> float:
+    if repeats > 1:
+        call()
     begun = time.perf_counter()
     for _ in range(repeats):
         result = call()

@@ -176,7 +176,7 @@ SUITE: Suite[Problem] = Suite(
         Entry("matmul", "bfloat16", _matmul("bfloat16", argmax=False), dtype="bfloat16", nxk=1),
         Entry("matmul+argmax", "float32", _matmul("float32", argmax=True), nxk=1),
         Entry("matmul+argmax", "bfloat16", _matmul("bfloat16", argmax=True), dtype="bfloat16", nxk=1),
-        Entry("torch.compile", "float32", _compiled, nxk=1),
+        Entry("torch.compile", "float32", _compiled, nxk=1, compiles=True),
         Entry("faiss IndexFlatIP", "float32", _faiss, missing=_needs("faiss")),
         # Euclidean; it stores the distances, their square roots and a one-hot of int64.
         Entry(

@@ -28,7 +28,7 @@ class Entry(Generic[Problem]):
 
     prepare: from the problem, the call that is timed (what it needs beforehand is done in ``prepare``).
     dtype: the arithmetic whose peak it is held against. nxk: how many float32 N×K tensors it holds at its
-    peak, to leave it out where they do not fit. missing: why it cannot run in this installation, or None.
+    peak, to leave it out where they do not fit. compiles: its first call at a size is a long one. missing: why it cannot run in this installation, or None.
     serves: the sizes at which it is worth running.
     """
 
@@ -37,6 +37,7 @@ class Entry(Generic[Problem]):
     prepare: Callable[[Problem], Callable[[], Any]]
     dtype: str = "float32"
     nxk: float = 0.0
+    compiles: bool = False
     missing: str | None = None
     serves: Callable[[Case], bool] = field(default=lambda case: True)
 
@@ -93,8 +94,8 @@ def judge(
     floors: Mapping[str, float],
 ) -> None:
     """The error-ratio rule: a result is as near the float64 truth as a plain float32 evaluation, times a
-    factor, plus the roundings of the entry's dtype. ``floors`` adds, by name, an absolute error that the
-    rule ignores. Norms are Frobenius norms. Raises AssertionError.
+    factor, plus the roundings of the entry's dtype. ``floors`` adds, by name, to the error of the plain
+    evaluation, where that may be small by luck. Norms are Frobenius norms. Raises AssertionError.
     """
     factor = OURS_FACTOR if entry.provider == OURS else PEER_FACTOR
     eps = torch.finfo(getattr(torch, entry.dtype)).eps
@@ -102,9 +103,6 @@ def judge(
         got = results[name].double()
         assert got.shape == exact.shape, f"{entry.name}: {name}: {list(got.shape)}, not {list(exact.shape)}"
         error = (got - exact).norm().item()
-        allowed = (
-            factor * (plain[name].double() - exact).norm().item()
-            + ROUNDINGS * eps * exact.norm().item()
-            + floors.get(name, 0.0)
-        )
+        yardstick = (plain[name].double() - exact).norm().item() + floors.get(name, 0.0)
+        allowed = factor * yardstick + ROUNDINGS * eps * exact.norm().item()
         assert error <= allowed, f"{entry.name}: {name}: error {error:.3e}, allowed {allowed:.3e}"
