@@ -78,7 +78,7 @@ def _head(rows: Sequence[Row], command: str) -> str:
             "Every implementation is checked against a float64 evaluation before it is timed. All that "
             "stand in one table were run in turns, round by round, so that a disturbance met all of them. "
             "Times are medians over rounds (20th to 80th percentile). The share is of the register-only "
-            "multiply-add rate measured in the same rounds on the same threads, in the arithmetic of the mode. "
+            "multiply-add rate measured in the same rounds on the same threads, in the mode's arithmetic. "
             f"*× {OURS}* is how many times longer than {OURS} in the same mode (float32 where it has none) "
             f"an implementation takes; in {OURS}'s own rows, than its float32.",
         ]

@@ -28,8 +28,8 @@ class Entry(Generic[Problem]):
 
     prepare: from the problem, the call that is timed (what it needs beforehand is done in ``prepare``).
     dtype: the arithmetic whose peak it is held against. nxk: how many float32 N×K tensors it holds at its
-    peak, to leave it out where they do not fit. compiles: its first call at a size is a long one. missing: why it cannot run in this installation, or None.
-    serves: the sizes at which it is worth running.
+    peak, to leave it out where they do not fit. compiles: its first call at a size is a long one. missing:
+    why it cannot run in this installation, or None. serves: the sizes at which it is worth running.
     """
 
     provider: str

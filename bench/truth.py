@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.eager import BETA, EPSILON, TEMPERATURE
 
 BLOCK_ELEMENTS = 1 << 24
-SAMPLED_ROWS = 64
+SAMPLED_ROWS = 32
 SAMPLED_CODES = 256
 
 
@@ -73,6 +73,41 @@ def sample(indices: Tensor, k: int) -> Sample:
     )
 
 
+@dataclass
+class _Rows:
+    """Statistics of every row: best logit, logarithms of the sums of exp(S - best) and of exp((S - best)/τ),
+    entropy, best code, softmax(S) E; and the mean of softmax(S/τ) over rows [K]."""
+
+    best: Tensor
+    log_sum: Tensor
+    log_sum_tau: Tensor
+    entropy: Tensor
+    indices: Tensor
+    readout: Tensor
+    mean: Tensor
+
+
+def _row_statistics(z: Tensor, codebook: Tensor) -> _Rows:
+    n, k = len(z), len(codebook)
+    best, log_sum, log_sum_tau, entropy = (z.new_empty(n) for _ in range(4))
+    indices, readout = torch.empty(n, dtype=torch.int64), torch.empty_like(z)
+    mean = z.new_zeros(k)
+    for rows in _blocks(n, k):
+        s = z[rows] @ codebook.T
+        best[rows], indices[rows] = s.max(dim=1)
+        s -= best[rows, None]
+        p = s.exp()
+        total = p.sum(dim=1)
+        log_sum[rows], readout[rows] = total.log(), (p @ codebook) / total[:, None]
+        s /= TEMPERATURE
+        p = s.exp()
+        total = p.sum(dim=1)
+        mean += (p / total[:, None]).sum(dim=0) / n
+        log_sum_tau[rows] = total.log()
+        entropy[rows] = total.log() - s.mul_(p).sum(dim=1) / total
+    return _Rows(best, log_sum, log_sum_tau, entropy, indices, readout, mean)
+
+
 def quantizer_step(
     z: Tensor, codebook: Tensor, upstream: Tensor, dtype: torch.dtype, where: Sample | None = None
 ) -> tuple[dict[str, Tensor], Sample]:
@@ -80,50 +115,44 @@ def quantizer_step(
     docs/architecture.md, equations (1) to (5); ``where`` repeats an earlier sample."""
     z, codebook, upstream = (t.to(dtype) for t in (z, codebook, upstream))
     (n, d), k = z.shape, len(codebook)
-    lse, lse_tau, entropy = z.new_empty(n), z.new_empty(n), z.new_empty(n)
-    indices, readout = torch.empty(n, dtype=torch.int64), torch.empty_like(z)
-    mean = z.new_zeros(k)
-    for rows in _blocks(n, k):
-        s = z[rows] @ codebook.T
-        indices[rows], lse[rows] = s.argmax(dim=1), s.logsumexp(dim=1)
-        readout[rows] = torch.exp(s - lse[rows, None]) @ codebook
-        s /= TEMPERATURE
-        lse_tau[rows] = s.logsumexp(dim=1)
-        s -= lse_tau[rows, None]
-        p = s.exp()
-        mean += p.sum(dim=0) / n
-        entropy[rows] = -s.mul_(p).sum(dim=1)
-    code = codebook[indices]
-    g = upstream + 2 * (code - z) / (n * d)
-    delta = (g * readout).sum(dim=1)
-    c = torch.log(mean + EPSILON) + mean / (mean + EPSILON)
-    expected_c = z.new_empty(n)
-    for rows in _blocks(n, k):
-        expected_c[rows] = torch.exp((z[rows] @ codebook.T) / TEMPERATURE - lse_tau[rows, None]) @ c
+    st = _row_statistics(z, codebook)
+    where = where or sample(st.indices, k)
+    step = 2 / (n * d)
+    code = codebook[st.indices]
+    g = upstream + step * (code - z)
+    delta = (g * st.readout).sum(dim=1)
+    c = torch.log(st.mean + EPSILON) + st.mean / (st.mean + EPSILON)
 
-    def grad_logits(rows: Tensor | slice, codes: Tensor | slice) -> Tensor:
-        e = codebook[codes]
-        s = z[rows] @ e.T
-        through = torch.exp(s - lse[rows, None]) * (g[rows] @ e.T - delta[rows, None])
-        log_p = s / TEMPERATURE - lse_tau[rows, None]
-        spread = c[codes] - expected_c[rows, None] - log_p - entropy[rows, None]
+    def grad_logits(below: Tensor, rows: Tensor, e: Tensor, c_of_codes: Tensor, mean_c: Tensor) -> Tensor:
+        """dS of rows and codes e; below: S - best."""
+        p = torch.exp(below - st.log_sum[rows, None])
+        through = p * (g[rows] @ e.T - delta[rows, None])
+        log_p = below / TEMPERATURE - st.log_sum_tau[rows, None]
+        spread = c_of_codes - mean_c[:, None] - log_p - st.entropy[rows, None]
         return through + log_p.exp() * spread / (n * TEMPERATURE)
 
-    where = where or sample(indices, k)
-    step = 2 / (n * d)
-    grad_z = torch.cat([grad_logits(row[None], slice(None)) @ codebook for row in where.rows])
+    pull = torch.zeros_like(codebook).index_add_(0, st.indices, g + BETA * step * (code - z))
+    codes = torch.cat([where.selected, where.others])
+    grad_codes = pull[codes]
     # The first loss term pulls z directly, -2(z_q - z), and the second, -2(e - z): both from the code.
-    grad_z = grad_z - 2 * step * (code - z)[where.rows]
-    pull = torch.zeros_like(codebook).index_add_(0, indices, g + BETA * step * (code - z))
-    found = {
+    grad_z = -2 * step * (code - z)
+    sampled = torch.zeros(n, dtype=torch.bool)
+    sampled[where.rows] = True
+    for block in _blocks(n, k):
+        below = z[block] @ codebook.T - st.best[block, None]
+        mean_c = torch.exp(below / TEMPERATURE - st.log_sum_tau[block, None]) @ c
+        rows = torch.arange(n)[block]
+        grad_codes += grad_logits(below[:, codes], rows, codebook[codes], c[codes], mean_c).T @ z[block]
+        here = sampled[block]
+        grad_z[rows[here]] += grad_logits(below[here], rows[here], codebook, c, mean_c[here]) @ codebook
+    return {
         "quantization loss": (2 + BETA) * (code - z).square().mean(),
-        "sample entropy": entropy.mean(),
-        "codebook entropy": -(mean * torch.log(mean + EPSILON)).sum(),
-        "gradient of z": grad_z,
-    }
-    for name, codes in (("selected codes", where.selected), ("other codes", where.others)):
-        found[f"gradient of {name}"] = grad_logits(slice(None), codes).T @ z + pull[codes]
-    return found, where
+        "sample entropy": st.entropy.mean(),
+        "codebook entropy": -(st.mean * torch.log(st.mean + EPSILON)).sum(),
+        "gradient of z": grad_z[where.rows],
+        "gradient of selected codes": grad_codes[: len(where.selected)],
+        "gradient of other codes": grad_codes[len(where.selected) :],
+    }, where
 
 
 def cross_entropy(
@@ -143,7 +172,7 @@ def cross_entropy(
     every = torch.arange(len(head))
     found = {
         "loss": loss,
-        "gradient of hidden": torch.cat([grad_logits(row[None], every) @ head for row in where.rows]),
+        "gradient of hidden": grad_logits(where.rows, every) @ head,
     }
     for name, codes in (("target rows", where.selected), ("other rows", where.others)):
         found[f"gradient of {name}"] = grad_logits(slice(None), codes).T @ hidden
