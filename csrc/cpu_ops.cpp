@@ -85,6 +85,14 @@ std::tuple<Tensor, Tensor, Tensor> codebook_search(Tensor z, Tensor codebook, st
   return {indices, max, torch::stable::to(lse, ScalarType::Float)};
 }
 
+// z_q and codes: the selected rows twice, as two tensors with gradients of their own.
+void gather_twice(const Operands& in, const Tensor& indices, const Tensor& z_q, const Tensor& codes) {
+  const int64_t row_bytes = in.problem.d * static_cast<int64_t>(in.z.element_size());
+  cpu::gather_rows(in.problem.codebook, data<int64_t>(indices), in.problem.n, row_bytes,
+                   z_q.mutable_data_ptr(), torch_parallel());
+  std::memcpy(codes.mutable_data_ptr(), z_q.const_data_ptr(), static_cast<size_t>(in.problem.n * row_bytes));
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> straight_through_select(Tensor z, Tensor codebook,
                                                                            std::optional<Tensor> bias,
                                                                            double scale) {
@@ -101,10 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> straight_through_select(Tenso
     out.lse = data<double>(lse);
     out.readout = data<float>(readout);
     check_memory(kernels().forward(in.problem, out, torch_parallel()));
-    const int64_t row_bytes = d * static_cast<int64_t>(z.element_size());
-    cpu::gather_rows(in.problem.codebook, data<int64_t>(indices), n, row_bytes, z_q.mutable_data_ptr(),
-                     torch_parallel());
-    std::memcpy(codes.mutable_data_ptr(), z_q.const_data_ptr(), static_cast<size_t>(n * row_bytes));
+    gather_twice(in, indices, z_q, codes);
   }
   return {z_q, codes, indices, lse, readout};
 }
@@ -126,13 +131,24 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Operands& in, cpu::Backward& 
   return {grad_z, grad_codebook, grad_bias};
 }
 
+// The hard path: grad_codebook[indices] += grad_z_q + grad_codes.
+void scatter_add(const Operands& in, const Tensor& grad_z_q, const Tensor& grad_codes, const Tensor& indices,
+                 const Tensor& grad_codebook) {
+  const int64_t n = in.problem.n, k = in.problem.k;
+  const auto* at = static_cast<const int64_t*>(indices.const_data_ptr());
+  for (int64_t i = 0; i < n; ++i)
+    STD_TORCH_CHECK(at[i] >= 0 && at[i] < k, "indices: expected values in [0, ", k, "), got ", at[i]);
+  cpu::scatter_add_rows(in.problem.dtype, grad_z_q.const_data_ptr(), grad_codes.const_data_ptr(), at, n, k,
+                        in.problem.d, data<float>(grad_codebook), torch_parallel());
+}
+
 std::tuple<Tensor, Tensor, Tensor> straight_through_select_backward(Tensor grad_z_q, Tensor grad_codes,
                                                                     Tensor z, Tensor codebook,
                                                                     std::optional<Tensor> bias, double scale,
                                                                     Tensor indices, Tensor lse,
                                                                     Tensor readout) {
   const Operands in(z, codebook, bias, scale);
-  const int64_t n = in.problem.n, k = in.problem.k, d = in.problem.d;
+  const int64_t n = in.problem.n, d = in.problem.d;
   check_shape(grad_z_q, "grad_z_q", {n, d}, z.scalar_type());
   check_shape(grad_codes, "grad_codes", {n, d}, z.scalar_type());
   check_shape(indices, "indices", {n}, ScalarType::Long);
@@ -148,11 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> straight_through_select_backward(Tensor grad_
   args.lse = static_cast<const double*>(lse.const_data_ptr());
   args.readout = static_cast<const float*>(readout.const_data_ptr());
   auto [grad_z, grad_codebook, grad_bias] = gradients(in, args);
-  const auto* at = static_cast<const int64_t*>(indices.const_data_ptr());
-  for (int64_t i = 0; i < n; ++i)
-    STD_TORCH_CHECK(at[i] >= 0 && at[i] < k, "indices: expected values in [0, ", k, "), got ", at[i]);
-  cpu::scatter_add_rows(in.problem.dtype, grad_z_q.const_data_ptr(), grad_codes.const_data_ptr(), at, n, k, d,
-                        data<float>(grad_codebook), torch_parallel());
+  scatter_add(in, grad_z_q, grad_codes, indices, grad_codebook);
   return {torch::stable::to(grad_z, z.scalar_type()), torch::stable::to(grad_codebook, z.scalar_type()),
           grad_bias};
 }
@@ -205,6 +217,82 @@ std::tuple<Tensor, Tensor, Tensor> softmax_statistics_backward(Tensor grad_row_e
           grad_bias};
 }
 
+// Both groups in one sweep: the training step's forward.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> index_backprop(
+    Tensor z, Tensor codebook, std::optional<Tensor> bias, double scale, double norm_weight,
+    double temperature) {
+  Operands in(z, codebook, bias, scale);
+  STD_TORCH_CHECK(temperature > 0, "temperature: expected a positive number, got ", temperature);
+  in.problem.norm_weight = static_cast<float>(norm_weight);
+  const int64_t n = in.problem.n, k = in.problem.k, d = in.problem.d;
+  int64_t tiles, blocks;
+  kernels().tile_grid(n, k, &tiles, &blocks);
+  Tensor z_q = new_of(z, {n, d}, z.scalar_type());
+  Tensor codes = new_of(z, {n, d}, z.scalar_type());
+  Tensor indices = new_of(z, {n}, ScalarType::Long);
+  Tensor lse = new_of(z, {n}, ScalarType::Double);
+  Tensor readout = new_of(z, {n, d}, ScalarType::Float);
+  Tensor row_entropy = new_of(z, {n}, ScalarType::Float);
+  Tensor mean_prob = new_of(z, {k}, ScalarType::Float);
+  Tensor lse_tau = new_of(z, {n}, ScalarType::Double);
+  Tensor tile_bound = new_of(z, {2, tiles, blocks}, ScalarType::Float);
+  if (n > 0) {
+    cpu::Forward out;
+    out.indices = data<int64_t>(indices);
+    out.lse = data<double>(lse);
+    out.readout = data<float>(readout);
+    out.temperature = static_cast<float>(temperature);
+    out.row_entropy = data<float>(row_entropy);
+    out.mean_prob = data<float>(mean_prob);
+    out.lse_tau = data<double>(lse_tau);
+    out.tile_bound = tiles > 0 ? data<float>(tile_bound) : nullptr;
+    check_memory(kernels().forward(in.problem, out, torch_parallel()));
+    gather_twice(in, indices, z_q, codes);
+  } else {
+    torch::stable::zero_(mean_prob);
+  }
+  return {z_q, codes, indices, lse, readout, row_entropy, mean_prob, lse_tau, tile_bound};
+}
+
+std::tuple<Tensor, Tensor, Tensor> index_backprop_backward(
+    Tensor grad_z_q, Tensor grad_codes, Tensor grad_row_entropy, Tensor grad_mean_prob, Tensor z,
+    Tensor codebook, std::optional<Tensor> bias, double scale, double norm_weight, double temperature,
+    Tensor indices, Tensor lse, Tensor readout, Tensor row_entropy, Tensor lse_tau, Tensor tile_bound) {
+  Operands in(z, codebook, bias, scale);
+  STD_TORCH_CHECK(temperature > 0, "temperature: expected a positive number, got ", temperature);
+  in.problem.norm_weight = static_cast<float>(norm_weight);
+  const int64_t n = in.problem.n, k = in.problem.k, d = in.problem.d;
+  int64_t tiles, blocks;
+  kernels().tile_grid(n, k, &tiles, &blocks);
+  check_shape(grad_z_q, "grad_z_q", {n, d}, z.scalar_type());
+  check_shape(grad_codes, "grad_codes", {n, d}, z.scalar_type());
+  check_shape(grad_row_entropy, "grad_row_entropy", {n}, ScalarType::Float);
+  check_shape(grad_mean_prob, "grad_mean_prob", {k}, ScalarType::Float);
+  check_shape(indices, "indices", {n}, ScalarType::Long);
+  check_shape(lse, "lse", {n}, ScalarType::Double);
+  check_shape(readout, "readout", {n, d}, ScalarType::Float);
+  check_shape(row_entropy, "row_entropy", {n}, ScalarType::Float);
+  check_shape(lse_tau, "lse_tau", {n}, ScalarType::Double);
+  check_shape(tile_bound, "tile_bound", {2, tiles, blocks}, ScalarType::Float);
+  for (Tensor* t : {&grad_z_q, &grad_codes, &grad_row_entropy, &grad_mean_prob, &indices, &lse, &readout,
+                    &row_entropy, &lse_tau, &tile_bound})
+    *t = torch::stable::contiguous(*t);
+  cpu::Backward args;
+  args.grad_z_q = grad_z_q.const_data_ptr();
+  args.lse = static_cast<const double*>(lse.const_data_ptr());
+  args.readout = static_cast<const float*>(readout.const_data_ptr());
+  args.temperature = static_cast<float>(temperature);
+  args.lse_tau = static_cast<const double*>(lse_tau.const_data_ptr());
+  args.row_entropy = static_cast<const float*>(row_entropy.const_data_ptr());
+  args.grad_row_entropy = static_cast<const float*>(grad_row_entropy.const_data_ptr());
+  args.grad_mean_prob = static_cast<const float*>(grad_mean_prob.const_data_ptr());
+  args.tile_bound = tiles > 0 ? static_cast<const float*>(tile_bound.const_data_ptr()) : nullptr;
+  auto [grad_z, grad_codebook, grad_bias] = gradients(in, args);
+  scatter_add(in, grad_z_q, grad_codes, indices, grad_codebook);
+  return {torch::stable::to(grad_z, z.scalar_type()), torch::stable::to(grad_codebook, z.scalar_type()),
+          grad_bias};
+}
+
 Tensor code_histogram(Tensor indices, int64_t codebook_size) {
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, "indices: expected int64");
   STD_TORCH_CHECK(codebook_size >= 1, "codebook_size: expected at least 1, got ", codebook_size);
@@ -226,6 +314,8 @@ STABLE_TORCH_LIBRARY_IMPL(ibq_fast, CPU, m) {
   m.impl("straight_through_select_backward", TORCH_BOX(&straight_through_select_backward));
   m.impl("softmax_statistics", TORCH_BOX(&softmax_statistics));
   m.impl("softmax_statistics_backward", TORCH_BOX(&softmax_statistics_backward));
+  m.impl("index_backprop", TORCH_BOX(&index_backprop));
+  m.impl("index_backprop_backward", TORCH_BOX(&index_backprop_backward));
   m.impl("code_histogram", TORCH_BOX(&code_histogram));
 }
 

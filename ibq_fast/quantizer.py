@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibq_fast.ops import checks, codebook_entropy, codebook_search, straight_through_select
+from ibq_fast.ops import checks, codebook_search, index_backprop, straight_through_select
 
 Kind = Literal["ibq", "vq"]
 Commitment = Literal["reference", "paper"]
@@ -127,7 +127,8 @@ class _CodebookQuantizer(nn.Module):
         rows, shape = self._rows(z, channel_last)
         rows, codebook = self._widen(rows)
         with _full_precision(z):
-            vectors, codebook, scale, bias = self._operands(rows, codebook)
+            vectors, codebook, scale, norm_weight = self._operands(rows, codebook)
+            bias = _norm_bias(codebook, norm_weight)
             indices = codebook_search(vectors, codebook, scale=scale, bias=bias).indices
         return indices.view(shape)
 
@@ -195,8 +196,8 @@ class _CodebookQuantizer(nn.Module):
             return rows.float(), self.codebook.float()
         return rows, self.codebook
 
-    def _operands(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, float, Tensor | None]:
-        """(vectors, codes, scale, bias) such that S = scale · vectors @ codes.T + bias."""
+    def _operands(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, float, float]:
+        """(vectors, codes, scale, norm_weight): S = scale · vectors @ codes.T - norm_weight · |codes|²."""
         raise NotImplementedError
 
     def _codes(self, codebook: Tensor, indices: Tensor) -> Tensor:
@@ -264,21 +265,29 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
         self._first_features(rows)
         rows, codebook = self._widen(rows)
         with _full_precision(z):
-            vectors, codebook, scale, bias = self._operands(rows, codebook)
-            z_q, codes, indices = straight_through_select(vectors, codebook, scale=scale, bias=bias)
+            vectors, codebook, scale, norm_weight = self._operands(rows, codebook)
+            c = self.config
+            if c.sample_entropy_weight == 0 and c.codebook_entropy_weight == 0:
+                bias = _norm_bias(codebook, norm_weight)
+                z_q, codes, indices = straight_through_select(vectors, codebook, scale=scale, bias=bias)
+                sample, usage, entropy = _zeros(rows)
+            else:
+                z_q, codes, indices, sample, usage, _ = index_backprop(
+                    vectors, codebook, temperature=c.entropy_temperature, scale=scale, norm_weight=norm_weight
+                )
+                entropy = c.sample_entropy_weight * sample - c.codebook_entropy_weight * usage
             quantization = self._quantization_loss(vectors, z_q, codes)
-            sample, usage, entropy = self._entropies(vectors, codebook, scale, bias)
         return QuantizerOutput(
             _restore(z_q, shape, channel_last), indices.view(shape), quantization, sample, usage, entropy
         )
 
-    def _operands(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, float, Tensor | None]:
+    def _operands(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, float, float]:
         scale = self.config.logit_scale
         if self.config.similarity == "euclidean":
-            return rows, codebook, 2.0 * scale, -scale * _squared_norms(codebook)
+            return rows, codebook, 2.0 * scale, scale
         if self.config.similarity == "cosine":
-            return F.normalize(rows, dim=1), F.normalize(codebook, dim=1), scale, None
-        return rows, codebook, scale, None
+            return F.normalize(rows, dim=1), F.normalize(codebook, dim=1), scale, 0.0
+        return rows, codebook, scale, 0.0
 
     def _codes(self, codebook: Tensor, indices: Tensor) -> Tensor:
         codes = super()._codes(codebook, indices)
@@ -293,17 +302,6 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
         if self.config.commitment == "paper":
             return through + beta * to_codes + to_features
         return through + to_codes + beta * to_features
-
-    def _entropies(
-        self, rows: Tensor, codebook: Tensor, scale: float, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(sample entropy, codebook entropy, entropy loss)."""
-        c = self.config
-        if c.sample_entropy_weight == 0 and c.codebook_entropy_weight == 0:
-            return _zeros(rows)
-        result = codebook_entropy(rows, codebook, temperature=c.entropy_temperature, scale=scale, bias=bias)
-        sample, usage = result.sample_entropy, result.codebook_entropy
-        return sample, usage, c.sample_entropy_weight * sample - c.codebook_entropy_weight * usage
 
 
 class VectorQuantizer(_CodebookQuantizer):
@@ -341,7 +339,8 @@ class VectorQuantizer(_CodebookQuantizer):
         rows, codebook = self._widen(rows)
         with _full_precision(z):
             with torch.no_grad():
-                vectors, table, scale, bias = self._operands(rows, codebook)
+                vectors, table, scale, norm_weight = self._operands(rows, codebook)
+                bias = _norm_bias(table, norm_weight)
                 indices = codebook_search(vectors, table, scale=scale, bias=bias).indices
             codes = self._codes(codebook, indices)
             z_q = rows + (codes - rows).detach()
@@ -349,14 +348,16 @@ class VectorQuantizer(_CodebookQuantizer):
             loss = _mean_square(codes, rows.detach()) + beta * _mean_square(codes.detach(), rows)
         return QuantizerOutput(_restore(z_q, shape, channel_last), indices.view(shape), loss, *_zeros(rows))
 
-    def _operands(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, float, Tensor | None]:
-        return rows, codebook, 2.0, -_squared_norms(codebook)
+    def _operands(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, float, float]:
+        return rows, codebook, 2.0, 1.0
 
 
-def _squared_norms(codebook: Tensor) -> Tensor:
-    """|E_j|² [K] in float32 or wider, without a second [K, D] tensor in the forward."""
+def _norm_bias(codebook: Tensor, weight: float) -> Tensor | None:
+    """-weight · |E_j|² [K] in float32 or wider; the forward makes no second [K, D] tensor."""
+    if weight == 0:
+        return None
     dtype = torch.promote_types(codebook.dtype, torch.float32)
-    return torch.linalg.vector_norm(codebook, dim=1, dtype=dtype).square()
+    return -weight * torch.linalg.vector_norm(codebook, dim=1, dtype=dtype).square()
 
 
 def _mean_square(a: Tensor, b: Tensor) -> Tensor:

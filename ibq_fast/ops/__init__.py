@@ -13,6 +13,7 @@ from ibq_fast.ops.backends import (
 )
 from ibq_fast.ops.entropy import EntropyResult, codebook_entropy
 from ibq_fast.ops.histogram import code_histogram
+from ibq_fast.ops.index_backprop import IndexBackpropResult, index_backprop
 from ibq_fast.ops.search import SearchResult, codebook_search
 from ibq_fast.ops.select import SelectResult, straight_through_select
 
@@ -20,6 +21,7 @@ __all__ = [
     "Backend",
     "BackendStatus",
     "EntropyResult",
+    "IndexBackpropResult",
     "SearchResult",
     "SelectResult",
     "available_backends",
@@ -27,6 +29,7 @@ __all__ = [
     "code_histogram",
     "codebook_entropy",
     "codebook_search",
+    "index_backprop",
     "set_backend",
     "straight_through_select",
 ]

@@ -63,7 +63,12 @@ def codebook_entropy(
     checks.positive("temperature", temperature)
     op = backends.select(NAME, z.device.type, z.dtype, backend)
     row_entropy, mean_prob, _ = op(z, codebook, bias, float(scale), float(temperature))
-    sample = row_entropy.sum() / max(z.shape[0], 1)
+    return summarize(row_entropy, mean_prob, eps)
+
+
+def summarize(row_entropy: Tensor, mean_prob: Tensor, eps: float) -> EntropyResult:
+    """The two entropies from the operator's statistics, in plain differentiable PyTorch."""
+    sample = row_entropy.sum() / max(row_entropy.shape[0], 1)
     return EntropyResult(sample, -(mean_prob * torch.log(mean_prob + eps)).sum(), mean_prob)
 
 

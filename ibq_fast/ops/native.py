@@ -40,3 +40,13 @@ def device_types(op: str) -> tuple[str, ...]:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     keys = {"cpu": "CPU", "cuda": "CUDA"}
     return tuple(device for device, key in keys.items() if has_kernel(f"{NAMESPACE}::{op}", key))
+
+
+def tile_grid(n: int, k: int) -> tuple[int, int]:
+    """Row tiles and code blocks of ``tile_bound`` for [n, k] in the CPU kernels in use; zeros for small k."""
+    from ibq_fast import _C
+
+    rows, codes, smallest = _C.tile_shape()
+    if k < smallest:
+        return 0, 0
+    return (n + rows - 1) // rows, (k + codes - 1) // codes

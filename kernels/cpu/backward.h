@@ -30,6 +30,8 @@ struct BackwardContext {
   const float* z_rows = nullptr;  // [words(chunk_rows)][padded]
   float* delta = nullptr;         // [chunk] g_i . o_i
   float* row_dot = nullptr;       // [code_tasks][chunk] partial r_i
+  // c less its mean, [k]: a constant in c cancels in c_j - r_i, so it would only add its rounding
+  float* centered = nullptr;
   Winner* winners = nullptr;      // [2][code_tasks][chunk]
   float* grad_z = nullptr;        // [code_tasks][chunk][padded]
   float* grad_codes = nullptr;    // [row_tasks][k][d] when row_tasks > 1, else the output itself
@@ -69,7 +71,7 @@ void row_dot_task(const BackwardContext& c, int task) {
     const Block block = load_block<kPairs>(c.problem, plan, code0, range.code1, packed, nullptr, bias);
     const int columns = block.panels * kNR;
     float weights[kBlock] = {};
-    memcpy(weights, c.in.grad_mean_prob + code0, sizeof(float) * block.codes);
+    memcpy(weights, c.centered + code0, sizeof(float) * block.codes);
     for (int64_t r = range.row0; r < range.row1; r += kMR) {
       if (!tile_live(c.bound, c.call_tiles, c.blocks, 1, c.row + r, code0, gap)) continue;
       logits_tile<kPairs>(c.tiles + r * words<kPairs>(plan.d), packed, words<kPairs>(plan.d), block.panels,
@@ -143,6 +145,12 @@ IBQ_INLINE void logit_gradient_row(const BackwardContext& c, int64_t r, int64_t 
   if (kEntropy) entropy->others += horizontal_sum(entropy_sum);
 }
 
+// d(-norm_weight |E|^2) of one code, given the column sum of its dS.
+inline void add_norm_gradient(const BackwardContext& c, int64_t code, float bias_grad, float* out) {
+  add_scaled_row(c.problem.dtype, c.problem.codebook, code, c.plan.d,
+                 -2.0f * c.problem.norm_weight * bias_grad, out);
+}
+
 // Adds the winners' dS: dz of the rows [row0, row1), or dE and dbias of the codes [code0, code1).
 inline void spend_winners(const BackwardContext& c, int64_t row0, int64_t row1, int64_t code0, int64_t code1,
                           bool to_z) {
@@ -162,6 +170,7 @@ inline void spend_winners(const BackwardContext& c, int64_t row0, int64_t row1, 
       add_scaled_row(p.dtype, p.codebook, code, plan.d, scaled, c.in.grad_z + (c.row + r) * plan.d);
     } else {
       add_scaled_row(p.dtype, p.z, c.row + r, plan.d, scaled, c.grad_codes + code * plan.d);
+      if (p.norm_weight != 0.0f) add_norm_gradient(c, code, ds, c.grad_codes + code * plan.d);
       if (c.grad_bias) c.grad_bias[code] += ds;
     }
   };
@@ -206,6 +215,7 @@ void backward_task(const BackwardContext& c, int task) {
   float* grad_z = c.grad_z + (int64_t)range.code_task * plan.chunk * plan.padded;
   memset(grad_z + range.row0 * plan.padded, 0, sizeof(float) * (range.row1 - range.row0) * plan.padded);
 
+  const bool with_bias = c.grad_bias || c.problem.norm_weight != 0.0f;
   Winner* select = c.winners + (int64_t)range.code_task * plan.chunk;
   Winner* entropy = select + (int64_t)plan.code_tasks * plan.chunk;
   for (int64_t r = range.row0; r < range.row1; ++r) select[r] = entropy[r] = {-1, 0.0};
@@ -215,7 +225,7 @@ void backward_task(const BackwardContext& c, int task) {
     const Block block = load_block<kPairs>(c.problem, plan, code0, range.code1, packed, rows_scratch, bias);
     const int columns = block.panels * kNR;
     float weights[kBlock] = {}, bias_grad[kBlock] = {};
-    if (kEntropy) memcpy(weights, c.in.grad_mean_prob + code0, sizeof(float) * block.codes);
+    if (kEntropy) memcpy(weights, c.centered + code0, sizeof(float) * block.codes);
     memset(block_grad, 0, sizeof(float) * kBlock * plan.padded);
     for (int64_t group = range.row0; group < range.row1; group += kGroup) {
       const int64_t group_end = min_of(group + kGroup, range.row1);
@@ -247,7 +257,7 @@ void backward_task(const BackwardContext& c, int task) {
                                                   weights, select + r + i, entropy + r + i, x + i * kBlock);
           else
             memset(x + i * kBlock, 0, sizeof(float) * columns);
-          if (c.grad_bias)
+          if (with_bias)
             for (int j = 0; j < columns; j += kWidth)
               store(bias_grad + j, load(bias_grad + j) + load(x + i * kBlock + j));
         }
@@ -260,6 +270,9 @@ void backward_task(const BackwardContext& c, int task) {
     for (int64_t j = 0; j < block.codes; ++j)
       for (int64_t e = 0; e < plan.d; ++e)
         out[j * plan.d + e] += c.problem.scale * block_grad[j * plan.padded + e];
+    if (c.problem.norm_weight != 0.0f)
+      for (int64_t j = 0; j < block.codes; ++j)
+        add_norm_gradient(c, code0 + j, bias_grad[j], out + j * plan.d);
     if (c.grad_bias)
       for (int64_t j = 0; j < block.codes; ++j)
         c.grad_bias[range.row_task * plan.k + code0 + j] += bias_grad[j];
@@ -312,11 +325,20 @@ bool run_backward(const Problem& p, const Backward& in, const Parallel& parallel
     workspace.add(&c.delta, plan.chunk);
     workspace.add(&row_scratch, plan.padded * parallel.threads);
   }
-  if (kEntropy) workspace.add(&c.row_dot, plan.code_tasks * plan.chunk);
+  if (kEntropy) {
+    workspace.add(&c.row_dot, plan.code_tasks * plan.chunk);
+    workspace.add(&c.centered, plan.k);
+  }
   workspace.add(&c.winners, 2 * plan.code_tasks * plan.chunk);
   if (split_rows) workspace.add(&c.grad_codes, plan.row_tasks * plan.k * plan.d);
   if (in.grad_bias) workspace.add(&c.grad_bias, plan.row_tasks * plan.k);
   if (!workspace.allocate()) return false;
+  if (kEntropy) {
+    double sum = 0;
+    for (int64_t j = 0; j < plan.k; ++j) sum += in.grad_mean_prob[j];
+    const double mean = sum / (double)plan.k;
+    for (int64_t j = 0; j < plan.k; ++j) c.centered[j] = (float)(in.grad_mean_prob[j] - mean);
+  }
   if (!split_rows) c.grad_codes = in.grad_codebook;
   memset(c.grad_codes, 0, sizeof(float) * plan.row_tasks * plan.k * plan.d);
   if (c.grad_bias) memset(c.grad_bias, 0, sizeof(float) * plan.row_tasks * plan.k);

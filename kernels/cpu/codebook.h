@@ -2,7 +2,8 @@
 // implemented once per instruction set (isa_*.cpp); dispatch.cpp chooses at run time.
 //
 // Notation (docs/architecture.md, section "Mathematics"):
-//   z [N, D] features, E [K, D] codebook, S = scale * z E^T + bias [N, K] logits, never stored.
+//   z [N, D] features, E [K, D] codebook, S = scale * z E^T + bias - norm_weight * |E|^2 [N, K] logits, never
+//   stored. Euclidean logits -s |z - E|^2 are scale = 2 s, norm_weight = s, up to a constant of each row.
 #pragma once
 
 #include <cstdint>
@@ -28,6 +29,7 @@ struct Problem {
   const float* bias = nullptr;     // [K] or null
   int64_t n = 0, k = 0, d = 0;
   float scale = 1.0f;
+  float norm_weight = 0.0f;
   // Share of a row's softmax mass that may be left out to skip work: entries below dropped_mass / K are
   // negligible, and a tile of nothing else is skipped. The default is far below float32 rounding whatever
   // K and however flat or peaked the row; 0 skips nothing.
@@ -83,8 +85,10 @@ struct Kernels {
   const char* name;
   bool (*forward)(const Problem&, const Forward&, const Parallel&);
   bool (*backward)(const Problem&, const Backward&, const Parallel&);
-  // Row tiles and code blocks of tile_bound for [n, k]; both 0 where k is too small for it to pay.
+  // Row tiles and code blocks of tile_bound for [n, k]; both 0 where k is too small for it to pay. They are
+  // ceil(n / tile_rows) and ceil(k / block_codes) from bounded_from codes on.
   void (*tile_grid)(int64_t n, int64_t k, int64_t* tiles, int64_t* blocks);
+  int tile_rows, block_codes, bounded_from;
 };
 
 // The kernels of the best instruction set this CPU has, or of the one that the environment variable

@@ -249,16 +249,24 @@ void mean_prob_task(const ForwardContext& c, int task) {
     if (!any_live(c, range, 1, code0, gap)) continue;
     const Block block = load_block<kPairs>(c.problem, plan, code0, range.code1, packed, nullptr, bias);
     const int columns = block.panels * kNR;
-    float sums[kBlock] = {};
+    // Compensated: every row may add the same, and then every rounding goes the same way.
+    float sums[kBlock] = {}, lost[kBlock] = {};
     for (int64_t r = range.row0; r < range.row1; r += kMR) {
       if (!tile_live(c.bound, c.call_tiles, c.blocks, 1, c.row + r, code0, gap)) continue;
       logits_tile<kPairs>(c.tiles + r * words<kPairs>(plan.d), packed, words<kPairs>(plan.d), block.panels,
                           c.problem.scale, bias, logits);
+      float tile[kBlock] = {};
       for (int i = 0; i < kMR && r + i < c.chunk_rows; ++i) {
         const SplitLse lse(c.out.lse_tau[c.row + r + i]);
-        if (negligible(lane_maxima(logits + i * kBlock, columns) * inverse_tau, lse.high[0], gap)) continue;
+        const float* x = logits + i * kBlock;
+        if (negligible(lane_maxima(x, columns) * inverse_tau, lse.high[0], gap)) continue;
         for (int j = 0; j < columns; j += kWidth)
-          store(sums + j, load(sums + j) + exp_of(lse.below(load(logits + i * kBlock + j) * inverse_tau)));
+          store(tile + j, load(tile + j) + exp_of(lse.below(load(x + j) * inverse_tau)));
+      }
+      for (int j = 0; j < columns; j += kWidth) {
+        const F old = load(sums + j), term = load(tile + j) + load(lost + j), sum = old + term;
+        store(sums + j, sum);
+        store(lost + j, term - (sum - old));
       }
     }
     float* total = c.column_sums + (int64_t)range.row_task * plan.k + code0;

@@ -25,5 +25,5 @@ namespace {
 }  // namespace
 
 extern const Kernels IBQ_KERNELS;
-const Kernels IBQ_KERNELS = {IBQ_ISA_NAME, &forward, &backward, &tile_grid};
+const Kernels IBQ_KERNELS = {IBQ_ISA_NAME, &forward, &backward, &tile_grid, kMR, kBlock, kBoundedFrom};
 }  // namespace ibq::cpu

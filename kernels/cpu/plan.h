@@ -6,7 +6,7 @@ IBQ_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Codebooks from this size on keep per-tile bounds: below it there is little to skip, and tasks may then cut
 // the codebook anywhere instead of between blocks.
-constexpr int64_t kBoundedFrom = 8192;
+constexpr int kBoundedFrom = 8192;
 
 inline void tile_grid(int64_t n, int64_t k, int64_t* tiles, int64_t* blocks) {
   const bool bounded = k >= kBoundedFrom;
@@ -96,6 +96,22 @@ struct Block {
 // The logit of a column that does not exist: far below any real one, finite so that 0 * it is 0.
 constexpr float kMasked = -1e30f;
 
+// bias[j] -= weight * |E_j|^2 for the codes of a packed block; columns past the codebook are zero there.
+template <bool kPairs>
+void subtract_norms(const float* packed, int64_t depth, int panels, float weight, float* bias) {
+  for (int p = 0; p < panels; ++p)
+    for (int v = 0; v < kNV; ++v) {
+      const float* column = packed + (int64_t)p * kNR * depth + v * kWidth;
+      F sum = F{};
+      for (int64_t j = 0; j < depth; ++j) {
+        const F e = load(column + j * kNR);
+        sum = multiply_add<kPairs>(e, e, sum);
+      }
+      float* b = bias + p * kNR + v * kWidth;
+      store(b, load(b) - sum * set1(weight));
+    }
+}
+
 template <bool kPairs>
 Block load_block(const Problem& p, const Plan& plan, int64_t code0, int64_t code1, float* packed,
                  float* rows_scratch, float* bias) {
@@ -109,6 +125,8 @@ Block load_block(const Problem& p, const Plan& plan, int64_t code0, int64_t code
                ? rows_operand<kPairs>(p.dtype, p.codebook, code0, b.codes, p.d, plan.padded, rows_scratch)
                : nullptr;
   for (int64_t j = 0; j < kBlock; ++j) bias[j] = j >= b.codes ? kMasked : (p.bias ? p.bias[code0 + j] : 0.0f);
+  if (p.norm_weight != 0.0f)
+    subtract_norms<kPairs>(packed, words<kPairs>(p.d), b.panels, p.norm_weight, bias);
   b.bias = bias;
   return b;
 }

@@ -51,6 +51,7 @@ struct Case {
   int n, k, d;
   bool bias;
   float scale, spread, temperature;
+  float norm_weight = 0.0f;
 };
 
 // Everything the kernels compute, in double, with the N x K matrices they never form.
@@ -77,7 +78,9 @@ Truth truth(const Case& s, const Data& x) {
     for (int j = 0; j < k; ++j) {
       double dot = 0;
       for (int m = 0; m < d; ++m) dot += double(x.z[i * d + m]) * x.e[j * d + m];
-      l[j] = s.scale * dot + (s.bias ? x.b[j] : 0.0f);
+      double norm = 0;
+      for (int m = 0; m < d; ++m) norm += double(x.e[j * d + m]) * x.e[j * d + m];
+      l[j] = s.scale * dot + (s.bias ? x.b[j] : 0.0f) - s.norm_weight * norm;
     }
     const int best = static_cast<int>(std::max_element(l, l + k) - l);
     double sum = 0, sum_t = 0, expect_t = 0;
@@ -115,7 +118,7 @@ Truth truth(const Case& s, const Data& x) {
       t.grad_b[j] += ds;
       for (int m = 0; m < d; ++m) {
         t.grad_z[i * d + m] += s.scale * ds * x.e[j * d + m];
-        t.grad_e[j * d + m] += s.scale * ds * x.z[i * d + m];
+        t.grad_e[j * d + m] += ds * (s.scale * x.z[i * d + m] - 2 * s.norm_weight * x.e[j * d + m]);
       }
     }
   }
@@ -164,7 +167,7 @@ void check_case(const Kernels& kernels, const Case& s, int thread_count, bool bf
   p.z = bf16 ? static_cast<const void*>(z16.data()) : x.z.data();
   p.codebook = bf16 ? static_cast<const void*>(e16.data()) : x.e.data();
   p.bias = s.bias ? x.b.data() : nullptr;
-  p.n = s.n, p.k = s.k, p.d = s.d, p.scale = s.scale;
+  p.n = s.n, p.k = s.k, p.d = s.d, p.scale = s.scale, p.norm_weight = s.norm_weight;
   const Parallel parallel = threads(thread_count);
 
   std::vector<int64_t> indices(s.n);
@@ -181,7 +184,8 @@ void check_case(const Kernels& kernels, const Case& s, int thread_count, bool bf
   expect(kernels.forward(p, f, parallel), name.str() + " forward");
   expect(indices == want.indices, name.str() + " indices");
   // Rounding of a logit of size |S| is about eps sqrt(D) |S|; exponentials turn it into a relative error.
-  const double magnitude = *std::max_element(want.max.begin(), want.max.end());
+  double magnitude = s.norm_weight * s.d;
+  for (double m : want.max) magnitude = std::max(magnitude, std::fabs(m));
   const double eps = 1.2e-7 * std::sqrt(double(s.d) + 4), tol = 8 * eps * (1 + std::fabs(magnitude));
   // Where bfloat16 is multiplied as such, P and dS are rounded to it before their products.
   const bool rounded = bf16 && std::strcmp(kernels.name, "avx512_bf16") == 0;
@@ -325,10 +329,11 @@ void check_rows() {
 
 int main() {
   const Case cases[] = {
-      {1, 1, 1, false, 1.0f, 1.0f, 1.0f},         {5, 7, 3, true, 1.0f, 1.0f, 0.5f},
-      {97, 1025, 59, true, 0.5f, 1.0f, 0.1f},     {13, 33, 32, false, 1.0f, 2.0f, 0.05f},
-      {40, 2000, 16, false, 1.0f, 1.0f, 0.02f},   {2100, 90, 8, true, 2.0f, 0.5f, 0.3f},
-      {25, 400, 111, false, 1.0f, 0.001f, 0.01f},
+      {1, 1, 1, false, 1.0f, 1.0f, 1.0f},          {5, 7, 3, true, 1.0f, 1.0f, 0.5f},
+      {97, 1025, 59, true, 0.5f, 1.0f, 0.1f},      {13, 33, 32, false, 1.0f, 2.0f, 0.05f},
+      {40, 2000, 16, false, 1.0f, 1.0f, 0.02f},    {2100, 90, 8, true, 2.0f, 0.5f, 0.3f},
+      {25, 400, 111, false, 1.0f, 0.001f, 0.01f},  {50, 300, 21, true, 2.0f, 1.0f, 0.5f, 1.0f},
+      {30, 250, 8, false, 6.0f, 1.0f, 0.5f, 3.0f},
   };
   std::istringstream names(available_isas());
   int isas = 0;
@@ -340,6 +345,7 @@ int main() {
       for (int t : {1, 3}) check_case(*k, c, t, false);
     check_case(*k, cases[2], 2, true);
     check_case(*k, cases[4], 1, true);
+    check_case(*k, cases[7], 2, true);
     check_skipping(*k);
     check_ties_and_nan(*k);
   }

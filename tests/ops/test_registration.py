@@ -17,6 +17,8 @@ OPERATORS = [
     "straight_through_select_backward",
     "softmax_statistics",
     "softmax_statistics_backward",
+    "index_backprop",
+    "index_backprop_backward",
     "code_histogram",
 ]
 
@@ -35,8 +37,13 @@ def arguments(op: str, x, bias: torch.Tensor | None, namespace: str) -> tuple:
     if op == "softmax_statistics_backward":
         row_entropy, _, lse = library.softmax_statistics(z, codebook, bias, 0.5, 0.3)
         return x.grad_rows, x.grad_mean, z, codebook, bias, 0.5, 0.3, lse, row_entropy
+    if op == "index_backprop_backward":
+        out = library.index_backprop(z, codebook, bias, 0.5, 0.2, 0.3)
+        saved = out[2], out[3], out[4], out[5], out[7], out[8]
+        return x.grad_z_q, x.grad_codes, x.grad_rows, x.grad_mean, z, codebook, bias, 0.5, 0.2, 0.3, *saved
     leaves = z.requires_grad_(), codebook.requires_grad_(), bias if bias is None else bias.requires_grad_()
-    return (*leaves, 0.5) if op == "straight_through_select" else (*leaves, 0.5, 0.3)
+    numbers = {"straight_through_select": (0.5,), "softmax_statistics": (0.5, 0.3)}
+    return *leaves, *numbers.get(op, (0.5, 0.2, 0.3))
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
