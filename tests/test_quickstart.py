@@ -16,7 +16,7 @@ from torch import Tensor
 import ibq_fast.data.config
 from ibq_fast.data import InMemoryImages, fashion_mnist
 from ibq_fast.generator import Generator
-from ibq_fast.quickstart import Options, clock, pictures
+from ibq_fast.quickstart import Options, clock, pictures, threads
 from ibq_fast.quickstart.__main__ import build_parser, main
 from ibq_fast.quickstart.classifier import recognise, train_classifier
 from ibq_fast.quickstart.clock import StageClock
@@ -31,7 +31,7 @@ PICTURES = ("reconstructions.png", "samples.png", "usage.png", "curves.png")
 TINY = [
     *("--steps-scale", "0.002", "--samples-per-class", "1", "--held-out", "40"),
     *("--tokenizer", "model.quantizer.codebook_size=64", "--generator", "model.vocab_size=64"),
-    *("--generator", "model.depth=1", "--generator", "model.width=32"),
+    *("--generator", "model.depth=1", "--generator", "model.width=48"),
 ]
 
 
@@ -246,3 +246,25 @@ def test_misrecognised_samples_are_framed(tmp_path: Path) -> None:
     red = (pixels[..., 0] - pixels[..., 1:].max(axis=-1)) > 100
     assert red.any()
     assert red[: len(red) // 2].sum() < red[len(red) // 2 :].sum()  # in the row of class one alone
+
+
+@pytest.mark.parametrize(
+    ("most", "seconds", "chosen"),
+    [
+        (1, {1: 1.0}, 1),
+        (2, {1: 1.0, 2: 0.6}, 2),
+        (2, {1: 1.0, 2: 0.95}, 1),  # within chance
+        (2, {1: 1.0, 2: 16.0}, 1),  # busy cores
+        (6, {1: 1.0, 2: 0.6, 4: 0.4, 6: 0.38}, 4),
+        (8, {1: 1.0, 2: 0.6, 4: 0.4, 8: 0.3}, 8),
+        (8, {1: 1.0, 2: 2.0, 4: 0.1, 8: 0.1}, 1),  # stops at the first that does not help
+    ],
+)
+def test_the_fastest_number_of_threads_is_used(most: int, seconds: dict[int, float], chosen: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert threads.choose_threads(most, lambda limit: seconds[torch.get_num_threads()]) == chosen
+        assert torch.get_num_threads() == chosen
+        assert 1 <= threads.use_fastest_threads(2) <= 2
+    finally:
+        torch.set_num_threads(before)

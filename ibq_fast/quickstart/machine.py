@@ -23,7 +23,6 @@ def describe_machine(device: torch.device) -> dict[str, str | int | float]:
     described: dict[str, str | int | float] = {
         "processor": _processor(),
         "cores": usable_cores(),
-        "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "system": platform.platform(),

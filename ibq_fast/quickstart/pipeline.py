@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from ibq_fast.quickstart.measure import Reconstruction, draw_samples, measure_re
 from ibq_fast.quickstart.options import Options
 from ibq_fast.quickstart.report import write_report
 from ibq_fast.quickstart.targets import judge
+from ibq_fast.quickstart.threads import use_fastest_threads
 from ibq_fast.tokenizer import Tokenizer
 from ibq_fast.train import GeneratorRun, TokenizerRun, read_metrics, train_generator, train_tokenizer
 from ibq_fast.train.config import parse_run
@@ -48,7 +51,11 @@ def run_quickstart(options: Options) -> dict[str, Any]:
     Raises ValueError for recipes that do not fit together, FileExistsError when ``out`` holds something
     else's work, and what the trainings raise.
     """
-    return _Quickstart(options).run()
+    threads = torch.get_num_threads()
+    try:
+        return _Quickstart(options).run()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def squared_error(images: Tensor, reconstructions: Tensor) -> Tensor:
@@ -64,6 +71,8 @@ class _Quickstart:
         self.generator_run: GeneratorRun = self._recipe("generator")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         expected = {k: v for k, v in _EXPECTED.items() if not (k == "vq" and options.skip_vq)}
+        self.most_threads = torch.get_num_threads()
+        self.threads: dict[str, int] = {}
         self.clock = StageClock(expected, options.max_minutes * 60)
 
     def run(self) -> dict[str, Any]:
@@ -78,7 +87,7 @@ class _Quickstart:
             title = "plain VQ tokenizer: the same images, steps and networks"
             folders["vq"] = self._train_tokenizer("vq", title, same)
 
-        with self.clock.stage("classifier", "classifier of real images"):
+        with self._training("classifier", "classifier of real images"):
             classifier = train_classifier(
                 train.images,
                 train.labels,
@@ -137,18 +146,26 @@ class _Quickstart:
         minutes = self.clock.allowance(stage) * _TRAINING_SHARE / 60
         return (f"run.steps={self._steps(run)}", f"run.max_minutes={minutes:.4f}")
 
+    @contextmanager
+    def _training(self, stage: str, title: str) -> Iterator[None]:
+        """A stage, on as many threads as suit the machine at its beginning."""
+        with self.clock.stage(stage, title):
+            if self.device.type == "cpu":
+                self.threads[stage] = use_fastest_threads(self.most_threads)
+            yield
+
     def _steps(self, run: Any) -> int:
         if run.run.steps is None:
             raise ValueError("run.steps: expected a number of steps in a quick start's recipe, got none")
         return max(1, round(run.run.steps * self.options.steps_scale))
 
     def _train_tokenizer(self, stage: str, title: str, overrides: tuple[str, ...]) -> Path:
-        with self.clock.stage(stage, title):
+        with self._training(stage, title):
             limits = self._limits(self.tokenizer_run, stage)
             return train_tokenizer(self._recipe(stage, (*limits, *overrides)), perceptual=squared_error)
 
     def _train_generator(self, tokenizer: Path) -> Path:
-        with self.clock.stage("generator", "generator of the IBQ tokenizer's codes"):
+        with self._training("generator", "generator of the IBQ tokenizer's codes"):
             limits = self._limits(self.generator_run, "generator")
             return train_generator(self._recipe("generator", (f"tokenizer={tokenizer}", *limits)))
 
@@ -218,6 +235,7 @@ class _Quickstart:
             "parameters": {k: self._parameters(k) for k in (*kept, "generator")},
             "peak_memory_gb": peak_memory_gigabytes(),
             "machine": describe_machine(self.device),
+            "threads": self.threads,
             "protocol": {
                 "training_images": len(train),
                 "held_out_images": len(shown),

@@ -78,7 +78,8 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
             ("stage", "seconds"), [(_STAGES[stage], f"{s:.0f}") for stage, s in report["seconds"].items()]
         ),
         f"At most {report['peak_memory_gb']:.2f} GB of memory. {machine['processor']}, "
-        f"{machine['cores']} cores, {machine['instruction_set']}, device {machine['device']}, "
+        f"{machine['cores']} cores, {machine['instruction_set']}, device {machine['device']}"
+        f"{_threads(report['threads'])}, "
         f"precision {protocol['mixed_precision']}; "
         f"Python {machine['python']}, PyTorch {machine['torch']}, ibq_fast {machine['ibq_fast']}.",
         "## Protocol",
@@ -108,6 +109,15 @@ def _protocol(protocol: Mapping[str, Any]) -> list[str]:
         f"every generated image. Sampling: {_settings(protocol['sampling'])}, seed {protocol['seed']}; no "
         "image is left out.",
     ]
+
+
+def _threads(by_stage: Mapping[str, int]) -> str:
+    """How many threads the trainings ran on, where that was chosen."""
+    return (
+        f", trained on {' or '.join(str(n) for n in sorted(set(by_stage.values())))} threads"
+        if by_stage
+        else ""
+    )
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
