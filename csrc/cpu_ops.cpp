@@ -69,7 +69,7 @@ T* data(const Tensor& t) {
 void check_memory(bool ok) { STD_TORCH_CHECK(ok, "ibq_fast: not enough memory for the kernel's workspace"); }
 
 std::tuple<Tensor, Tensor, Tensor> codebook_search(Tensor z, Tensor codebook, std::optional<Tensor> bias,
-                                                   double scale, bool with_lse) {
+                                                   double scale, bool with_lse, bool exact) {
   const Operands in(z, codebook, bias, scale);
   const int64_t n = in.problem.n;
   Tensor indices = new_of(z, {n}, ScalarType::Long);
@@ -80,6 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> codebook_search(Tensor z, Tensor codebook, st
     out.indices = data<int64_t>(indices);
     out.max = data<float>(max);
     out.lse = with_lse ? data<double>(lse) : nullptr;
+    out.rounded_first = exact;
     check_memory(kernels().forward(in.problem, out, torch_parallel()));
   }
   return {indices, max, torch::stable::to(lse, ScalarType::Float)};

@@ -48,7 +48,7 @@ class OnDeviceOf {
 };
 
 std::tuple<Tensor, Tensor, Tensor> codebook_search(Tensor z, Tensor codebook, std::optional<Tensor> bias,
-                                                   double scale, bool with_lse) {
+                                                   double scale, bool with_lse, bool /*exact*/) {
   check_operands(z, codebook, bias);
   check_device(codebook, "codebook", z);
   if (bias) check_device(*bias, "bias", z);

@@ -4,7 +4,7 @@
 
 STABLE_TORCH_LIBRARY(ibq_fast, m) {
   m.def(
-      "codebook_search(Tensor z, Tensor codebook, Tensor? bias, float scale, bool with_lse)"
+      "codebook_search(Tensor z, Tensor codebook, Tensor? bias, float scale, bool with_lse, bool exact)"
       " -> (Tensor indices, Tensor max, Tensor lse)");
   m.def(
       "straight_through_select(Tensor z, Tensor codebook, Tensor? bias, float scale)"

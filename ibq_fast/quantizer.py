@@ -129,7 +129,7 @@ class _CodebookQuantizer(nn.Module):
         with _full_precision(z):
             vectors, codebook, scale, norm_weight = self._operands(rows, codebook)
             bias = _norm_bias(codebook, norm_weight)
-            indices = codebook_search(vectors, codebook, scale=scale, bias=bias).indices
+            indices = codebook_search(vectors, codebook, scale=scale, bias=bias, exact=True).indices
         return indices.view(shape)
 
     def decode(self, indices: Tensor, channel_last: bool = False) -> Tensor:
@@ -341,7 +341,7 @@ class VectorQuantizer(_CodebookQuantizer):
             with torch.no_grad():
                 vectors, table, scale, norm_weight = self._operands(rows, codebook)
                 bias = _norm_bias(table, norm_weight)
-                indices = codebook_search(vectors, table, scale=scale, bias=bias).indices
+                indices = codebook_search(vectors, table, scale=scale, bias=bias, exact=True).indices
             codes = self._codes(codebook, indices)
             z_q = rows + (codes - rows).detach()
             beta = self.config.commitment_weight

@@ -8,6 +8,11 @@ K ≥ 1, D ≥ 1, any strides. Returns
 - max [N]: the largest logit, lse [N]: log Σ_j exp S_ij (shape [0] unless asked for); float32, or float64
   with float64.
 
+``exact`` only chooses how float32 operands are searched, never what is found: where the CPU multiplies
+bfloat16, scores are formed in it first with a proven bound of their error, and float32 decides between the
+codes that the bound leaves open. Indices and maxima are those of the float32 search, bit for bit. It serves
+searches without lse of 2,048 codes and 32 dimensions or more; others are done as without it.
+
 S is never stored. Cost: one product of 2·N·K·D operations. Nothing is differentiable.
 """
 
@@ -40,16 +45,18 @@ def codebook_search(
     scale: float = 1.0,
     bias: Tensor | None = None,
     with_lse: bool = False,
+    exact: bool = False,
     backend: str | None = None,
 ) -> SearchResult:
     """The best code of each row of ``z`` [N, D] in ``codebook`` [K, D] under S = scale · z·E + bias.
 
-    Not differentiable. Ties go to the lowest index. Raises ValueError for shapes, dtypes or devices that do
+    Not differentiable. Ties go to the lowest index. ``exact`` searches float32 operands at bfloat16's speed
+    with the same result (see the module). Raises ValueError for shapes, dtypes or devices that do
     not fit, for a NaN or infinity in a CPU ``z``, and for a forced backend that cannot serve the call.
     """
     checks.operands(z, codebook, bias, scale)
     op = backends.select(NAME, z.device.type, z.dtype, backend)
-    indices, best, lse = op(z, codebook, bias, float(scale), with_lse)
+    indices, best, lse = op(z, codebook, bias, float(scale), with_lse, exact)
     return SearchResult(indices, best, lse if with_lse else None)
 
 
@@ -69,7 +76,7 @@ def logits(z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float) -> Te
 
 
 def composite(
-    z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, with_lse: bool
+    z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, with_lse: bool, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     blocks = Blocks(z, codebook, bias, scale)
     maximum = RunningMaximum(blocks)
@@ -84,7 +91,13 @@ def composite(
 
 
 def fake(
-    namespace: str, z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, with_lse: bool
+    namespace: str,
+    z: Tensor,
+    codebook: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    with_lse: bool,
+    exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = z.shape[0]
     dtype = statistics_dtype(z.dtype)
@@ -102,7 +115,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 register(
     Operator(
         name=NAME,
-        arguments="(Tensor z, Tensor codebook, Tensor? bias, float scale, bool with_lse)"
+        arguments="(Tensor z, Tensor codebook, Tensor? bias, float scale, bool with_lse, bool exact)"
         " -> (Tensor indices, Tensor max, Tensor lse)",
         composite=composite,
         fake=fake,

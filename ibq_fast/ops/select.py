@@ -61,7 +61,7 @@ def straight_through_select(
     wanted = z.requires_grad or codebook.requires_grad or (bias is not None and bias.requires_grad)
     if not (wanted and torch.is_grad_enabled()):
         op = backends.select(search.NAME, z.device.type, z.dtype, backend)
-        indices = op(z, codebook, bias, float(scale), False)[0]
+        indices = op(z, codebook, bias, float(scale), False, True)[0]
         return SelectResult(codebook.index_select(0, indices), codebook.index_select(0, indices), indices)
     op = backends.select(NAME, z.device.type, z.dtype, backend)
     z_q, codes, indices, _, _ = op(z, codebook, bias, float(scale))

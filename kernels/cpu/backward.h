@@ -32,11 +32,11 @@ struct BackwardContext {
   float* row_dot = nullptr;       // [code_tasks][chunk] partial r_i
   // c less its mean, [k]: a constant in c cancels in c_j - r_i, so it would only add its rounding
   float* centered = nullptr;
-  Winner* winners = nullptr;      // [2][code_tasks][chunk]
-  float* grad_z = nullptr;        // [code_tasks][chunk][padded]
-  float* grad_codes = nullptr;    // [row_tasks][k][d] when row_tasks > 1, else the output itself
-  float* grad_bias = nullptr;     // [row_tasks][k]
-  float* scratch = nullptr;       // per task
+  Winner* winners = nullptr;    // [2][code_tasks][chunk]
+  float* grad_z = nullptr;      // [code_tasks][chunk][padded]
+  float* grad_codes = nullptr;  // [row_tasks][k][d] when row_tasks > 1, else the output itself
+  float* grad_bias = nullptr;   // [row_tasks][k]
+  float* scratch = nullptr;     // per task
   int64_t scratch_stride = 0;
   const float* bound = nullptr;  // [2][tiles][blocks] from the forward, or null
   int64_t call_tiles = 0, blocks = 0;
@@ -380,17 +380,4 @@ bool run_backward(const Problem& p, const Backward& in, const Parallel& parallel
     reduce_parts(c.grad_codes, plan.row_tasks, plan.k * plan.d, plan.k * plan.d, in.grad_codebook, parallel);
   if (in.grad_bias) reduce_parts(c.grad_bias, plan.row_tasks, plan.k, plan.k, in.grad_bias, parallel);
   return true;
-}
-
-template <bool kPairs>
-bool backward_of(const Problem& p, const Backward& in, const Parallel& parallel) {
-  const bool select = in.grad_z_q, entropy = in.row_entropy;
-  if (select && entropy) return run_backward<kPairs, true, true>(p, in, parallel);
-  if (select) return run_backward<kPairs, true, false>(p, in, parallel);
-  return run_backward<kPairs, false, true>(p, in, parallel);
-}
-
-inline bool backward(const Problem& p, const Backward& in, const Parallel& parallel) {
-  if (kHasPairs && p.dtype == DType::kBFloat16) return backward_of<kHasPairs>(p, in, parallel);
-  return backward_of<false>(p, in, parallel);
 }

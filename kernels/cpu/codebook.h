@@ -46,6 +46,9 @@ struct Problem {
 struct Forward {
   int64_t* indices = nullptr;
   float* max = nullptr;
+  // Search alone (no output below): score in bfloat16 first where the CPU multiplies it, and settle what that
+  // leaves open in float32. Same result as without, bit for bit; see exact_search.h.
+  bool rounded_first = false;
   double* lse = nullptr;
   float* readout = nullptr;
   float temperature = 1.0f;

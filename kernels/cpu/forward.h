@@ -441,21 +441,3 @@ bool run_forward(const Problem& p, const Forward& out, const Parallel& parallel)
     }
   return true;
 }
-
-template <bool kPairs>
-bool forward_of(const Problem& p, const Forward& out, const Parallel& parallel) {
-  const bool lse = out.lse, readout = out.readout, entropy = out.row_entropy;
-  if (readout)
-    return entropy ? run_forward<kPairs, true, true, true>(p, out, parallel)
-                   : run_forward<kPairs, true, true, false>(p, out, parallel);
-  if (lse)
-    return entropy ? run_forward<kPairs, true, false, true>(p, out, parallel)
-                   : run_forward<kPairs, true, false, false>(p, out, parallel);
-  return entropy ? run_forward<kPairs, false, false, true>(p, out, parallel)
-                 : run_forward<kPairs, false, false, false>(p, out, parallel);
-}
-
-inline bool forward(const Problem& p, const Forward& out, const Parallel& parallel) {
-  if (kHasPairs && p.dtype == DType::kBFloat16) return forward_of<kHasPairs>(p, out, parallel);
-  return forward_of<false>(p, out, parallel);
-}

@@ -20,7 +20,9 @@ namespace {
 #include "kernels/cpu/tile.h"
 #include "kernels/cpu/plan.h"
 #include "kernels/cpu/forward.h"
+#include "kernels/cpu/exact_search.h"
 #include "kernels/cpu/backward.h"
+#include "kernels/cpu/entry.h"
 // clang-format on
 }  // namespace
 

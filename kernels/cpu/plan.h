@@ -112,6 +112,10 @@ void subtract_norms(const float* packed, int64_t depth, int panels, float weight
     }
 }
 
+inline void fill_bias(const Problem& p, int64_t code0, int64_t codes, float* bias) {
+  for (int64_t j = 0; j < kBlock; ++j) bias[j] = j >= codes ? kMasked : (p.bias ? p.bias[code0 + j] : 0.0f);
+}
+
 template <bool kPairs>
 Block load_block(const Problem& p, const Plan& plan, int64_t code0, int64_t code1, float* packed,
                  float* rows_scratch, float* bias) {
@@ -124,7 +128,7 @@ Block load_block(const Problem& p, const Plan& plan, int64_t code0, int64_t code
   b.rows = rows_scratch
                ? rows_operand<kPairs>(p.dtype, p.codebook, code0, b.codes, p.d, plan.padded, rows_scratch)
                : nullptr;
-  for (int64_t j = 0; j < kBlock; ++j) bias[j] = j >= b.codes ? kMasked : (p.bias ? p.bias[code0 + j] : 0.0f);
+  fill_bias(p, code0, b.codes, bias);
   if (p.norm_weight != 0.0f)
     subtract_norms<kPairs>(packed, words<kPairs>(p.d), b.panels, p.norm_weight, bias);
   b.bias = bias;

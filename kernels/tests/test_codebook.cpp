@@ -280,6 +280,45 @@ void check_skipping(const Kernels& kernels) {
   }
 }
 
+// Rounded-first search must be the float32 search bit for bit: random and clustered codes, near ties one
+// rounding apart, duplicates (more than any list of candidates holds), NaN and infinite rows, bias and scale.
+void check_rounded_first(const Kernels& kernels) {
+  const int n = 150, k = 2500;
+  std::mt19937 rng(11);
+  std::normal_distribution<float> normal;
+  for (int d : {32, 57, 130}) {
+    for (int kind = 0; kind < 4; ++kind) {
+      std::vector<float> e(k * d), z(n * d), b(k);
+      for (auto* v : {&e, &z, &b})
+        for (auto& f : *v) f = normal(rng);
+      for (int j = 0; j < k && kind > 0; ++j) {
+        const int from = kind == 3 ? j % 7 : j % 50;
+        for (int m = 0; m < d; ++m) {
+          e[j * d + m] = e[from * d + m];
+          if (kind == 1) e[j * d + m] += 0.01f * normal(rng);
+          if (kind == 2 && rng() % 8 == 0) e[j * d + m] = std::nextafter(e[j * d + m], 10.0f);
+        }
+      }
+      if (kind == 2) e[64 * d] = e[1000 * d + 5] = NAN;
+      z[3 * d] = NAN;
+      z[5 * d + 1] = INFINITY;
+      std::vector<int64_t> indices[2] = {std::vector<int64_t>(n), std::vector<int64_t>(n)};
+      std::vector<float> max[2] = {std::vector<float>(n), std::vector<float>(n)};
+      for (int first = 0; first < 2; ++first) {
+        Problem p;
+        p.z = z.data(), p.codebook = e.data(), p.n = n, p.k = k, p.d = d, p.scale = -0.7f;
+        p.bias = kind == 1 ? b.data() : nullptr;
+        Forward f;
+        f.indices = indices[first].data(), f.max = max[first].data(), f.rounded_first = first;
+        expect(kernels.forward(p, f, threads(2)), "rounded first");
+      }
+      expect(indices[0] == indices[1] && std::memcmp(max[0].data(), max[1].data(), n * sizeof(float)) == 0,
+             std::string(kernels.name) + ": rounded first differs, kind " + std::to_string(kind) + " d " +
+                 std::to_string(d));
+    }
+  }
+}
+
 void check_ties_and_nan(const Kernels& kernels) {
   const int n = 31, k = 2000, d = 5;
   std::vector<float> z(n * d, 1.0f), e(k * d, 0.5f);
@@ -347,6 +386,7 @@ int main() {
     check_case(*k, cases[4], 1, true);
     check_case(*k, cases[7], 2, true);
     check_skipping(*k);
+    check_rounded_first(*k);
     check_ties_and_nan(*k);
   }
   expect(kernels_named("quantum") == nullptr, "an unknown instruction set must be refused");

@@ -30,7 +30,7 @@ def arguments(op: str, x, bias: torch.Tensor | None, namespace: str) -> tuple:
     if op == "code_histogram":
         return torch.tensor([1, 1, 0]), 4
     if op == "codebook_search":
-        return z.requires_grad_(), codebook, bias, 0.5, True
+        return z.requires_grad_(), codebook, bias, 0.5, True, False
     if op == "straight_through_select_backward":
         _, _, indices, lse, readout = library.straight_through_select(z, codebook, bias, 0.5)
         return x.grad_z_q, x.grad_codes, z, codebook, bias, 0.5, indices, lse, readout

@@ -103,8 +103,28 @@ def test_a_nan_row_gives_index_zero(backend, operands, small_blocks) -> None:
     x = operands(4, 60, 8)
     x.z[2, 3] = float("nan")
     namespace = getattr(torch.ops, {"native": "ibq_fast", "composite": "ibq_fast_composite"}[backend])
-    indices, best, lse = namespace.codebook_search(x.z, x.codebook, None, 1.0, True)
+    indices, best, lse = namespace.codebook_search(x.z, x.codebook, None, 1.0, True, False)
     assert indices[2] == 0
     assert bool(best[2].isnan())
     assert bool(lse[2].isnan())
     assert not bool(lse[[0, 1, 3]].isnan().any())
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "near ties", "duplicates"])
+@pytest.mark.parametrize("size", [(300, 4096, 64), (65, 2100, 256), (130, 2500, 33)])
+def test_exact_search_is_the_float32_search(size, kind, backend) -> None:
+    n, k, d = size
+    generator = torch.Generator().manual_seed(k)
+    codebook, z = torch.randn(k, d, generator=generator), torch.randn(n, d, generator=generator)
+    if kind != "random":
+        codebook = codebook[: 7 if kind == "duplicates" else 200].repeat(k, 1)[:k].contiguous()
+    if kind == "clustered":
+        codebook += 0.001 * torch.randn(k, d, generator=generator)
+    if kind == "near ties":
+        moved = torch.rand(k, d, generator=generator) < 0.05
+        codebook = torch.where(moved, torch.nextafter(codebook, codebook + 1), codebook)
+    bias = torch.randn(k, generator=generator) if kind == "clustered" else None
+    plain = codebook_search(z, codebook, scale=1.7, bias=bias, backend=backend)
+    exact = codebook_search(z, codebook, scale=1.7, bias=bias, exact=True, backend=backend)
+    assert torch.equal(plain.indices, exact.indices)
+    assert torch.equal(plain.max, exact.max)
