@@ -125,8 +125,9 @@ class _CodebookQuantizer(nn.Module):
         Raises ValueError like ``forward``.
         """
         rows, shape = self._rows(z, channel_last)
+        rows, codebook = self._widen(rows)
         with _full_precision(z):
-            vectors, codebook, scale, bias = self._operands(*self._widen(rows))
+            vectors, codebook, scale, bias = self._operands(rows, codebook)
             indices = codebook_search(vectors, codebook, scale=scale, bias=bias).indices
         return indices.view(shape)
 
@@ -261,8 +262,9 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
         """
         rows, shape = self._rows(z, channel_last)
         self._first_features(rows)
+        rows, codebook = self._widen(rows)
         with _full_precision(z):
-            vectors, codebook, scale, bias = self._operands(*self._widen(rows))
+            vectors, codebook, scale, bias = self._operands(rows, codebook)
             z_q, codes, indices = straight_through_select(vectors, codebook, scale=scale, bias=bias)
             quantization = self._quantization_loss(vectors, z_q, codes)
             sample, usage, entropy = self._entropies(vectors, codebook, scale, bias)
@@ -336,8 +338,8 @@ class VectorQuantizer(_CodebookQuantizer):
         """Quantize ``z``; shapes and errors as in :meth:`IndexBackpropQuantizer.forward`."""
         rows, shape = self._rows(z, channel_last)
         self._first_features(rows)
+        rows, codebook = self._widen(rows)
         with _full_precision(z):
-            rows, codebook = self._widen(rows)
             with torch.no_grad():
                 vectors, table, scale, bias = self._operands(rows, codebook)
                 indices = codebook_search(vectors, table, scale=scale, bias=bias).indices

@@ -147,8 +147,11 @@ class PretrainedMixin:
 
 def build_and_load(cls: type[M], config: Any, state: Mapping[str, Tensor], source: Path) -> M:
     """``cls(config)`` with ``state`` loaded; shapes are compared on the meta device before any memory."""
-    with torch.device("meta"):
-        outline = cls(config)  # type: ignore[call-arg]
+    try:
+        with torch.device("meta"):
+            outline = cls(config)  # type: ignore[call-arg]
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise ValueError(f"{source}: no model can have these settings: {error}") from error
     assert isinstance(outline, nn.Module)
     check_weights(outline.state_dict(), state, source)
     model = cls(config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,12 @@ from torch import Tensor
 def load_reference_state(path: Path) -> dict[str, Tensor]:
     """The flat dict of tensors in a checkpoint file (its ``state_dict`` entry where it has one), on the CPU.
 
+    The tensors are mapped from the file where its format allows it, so that only those used are read.
     Raises ``ValueError`` naming the file when it is truncated or corrupt, holds pickled objects besides
     tensors and plain containers, or has no tensors by name.
     """
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(path, str(error))) from error
     except (RuntimeError, EOFError, KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
@@ -38,6 +40,10 @@ def load_reference_state(path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path}: entry {name!r}: expected a tensor by name, got {type(value).__name__}")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path}: entry {name!r}: {list(value.shape)} is more than the file holds for it"
+            )
     return dict(state)
 
 

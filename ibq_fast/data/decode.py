@@ -68,15 +68,14 @@ def decode_image(path: str | Path, channels: int, *, max_pixels: int = MAX_PIXEL
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns of what is refused below in our own words.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        with image:
-            if image.width * image.height > max_pixels:
-                size = f"{image.width} x {image.height} > {max_pixels:,}"
-                raise BadImageError(path, Fault.TOO_LARGE, size)
-            image.load()
-            return _eight_bit(_upright(image), channels, path)
+            # Of large images, refused below in our own words, and of odd metadata, which is not used.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                if image.width * image.height > max_pixels:
+                    size = f"{image.width} x {image.height} > {max_pixels:,}"
+                    raise BadImageError(path, Fault.TOO_LARGE, size)
+                image.load()
+                return _eight_bit(_upright(image), channels, path)
     except (BadImageError, MemoryError):
         raise
     except Exception as error:

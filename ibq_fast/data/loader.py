@@ -133,6 +133,17 @@ class Loader:
         step = -(-images // self.sampler.global_batch)
         self.set_position(state["epoch"] + step // len(self), step % len(self))
 
+    def close(self) -> None:
+        """Stop the workers now; the next iteration starts new ones. Without it they stop with the loader.
+
+        A failed iteration closes by itself: its traceback and the workers' queues would form a cycle, and a
+        DataLoader that the garbage collector finds in one waits five seconds for each worker.
+        """
+        batches = getattr(self._torch_loader, "_iterator", None)
+        if self._torch_loader is not None and batches is not None:
+            batches._shutdown_workers()
+            self._torch_loader._iterator = None
+
     def _indexed(self, epoch: int, start: int) -> Iterator[Batch]:
         assert isinstance(self.dataset, InMemoryImages)
         for indices in self.sampler.batches(epoch, start):
@@ -143,17 +154,14 @@ class Loader:
         assert isinstance(self.dataset, ImageFolder)
         self._keys.epoch, self._keys.start = epoch, start
         batches: Iterator[tuple[Tensor, Tensor]] = iter(self._torch_loader or ())
-        while True:
-            try:
-                images, labels = next(batches)
-            except StopIteration:
+        try:
+            for images, labels in batches:
                 self.dataset.report()
-                return
-            except Exception:
-                self.dataset.report()  # too many bad images: said here, without the worker's traceback
-                raise
-            self.dataset.report()
-            yield Batch(images, labels)
+                yield Batch(images, labels)
+        except Exception:
+            self.close()
+            self.dataset.report()  # too many bad images: said here, without the worker's traceback
+            raise
 
 
 class _Keys:

@@ -92,7 +92,11 @@ _forced_by_environment: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or Non
 
 def add(op: str, dtypes: tuple[torch.dtype, ...], also: tuple[str, ...] = ()) -> None:
     """Enter the rows of ``op``, preferred first; ``also`` names operators that its gradient needs."""
-    devices = native.device_types(op)
+    devices = tuple(
+        device
+        for device in native.device_types(op)
+        if all(device in native.device_types(name) for name in also)
+    )
     reason = native.UNAVAILABLE
     if reason is None:
         missing = [name for name in (op, *also) if not native.registered(name)]

@@ -34,7 +34,7 @@ def operands(z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float) -> 
         raise ValueError(f"codebook: expected device {z.device} like z, got {codebook.device}")
     if bias is not None:
         _bias(bias, z, codebook)
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
     finite("z", z)
 
@@ -55,7 +55,7 @@ def floating(name: str, tensor: Tensor) -> None:
 
 
 def positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
 
 

@@ -4,7 +4,7 @@ Contract. S, z, codebook, bias, scale as in :mod:`ibq_fast.ops.search`, p = soft
 The operator gives
 
 - row_entropy [N]: H_i = -Σ_j p_ij log p_ij,  mean_prob [K]: mean of p over rows (zeros when N = 0),
-- lse [N] of S/τ, kept for the backward and not differentiable; all in the statistics dtype.
+- lse [N] of S/τ, kept for the backward and not differentiable; the former two in the statistics dtype.
 
 With a and c the gradients of row_entropy and mean_prob,
 dS_ij = (1/τ) p_ij [ -a_i (log p_ij + H_i) + (1/N)(c_j - Σ_k p_ik c_k) ]; entries with p = 0 give 0.
@@ -22,7 +22,14 @@ from torch import Tensor
 
 from ibq_fast.ops import backends, checks, search
 from ibq_fast.ops.blocks import FAR, Blocks, LogitGradient, RunningMaximum, statistics_dtype
-from ibq_fast.ops.registration import Operator, no_second_derivative, overload, register, save_nothing
+from ibq_fast.ops.registration import (
+    Operator,
+    no_second_derivative,
+    overload,
+    register,
+    save_nothing,
+    saved_lse_dtype,
+)
 from ibq_fast.ops.select import fake_gradients
 
 NAME = "softmax_statistics"
@@ -84,11 +91,13 @@ def composite(
         # Σ exp(s - max)(max - s): every term positive, so the entropy below is free of cancellation.
         spread[rows] = shrink * (spread[rows] + growth * total[rows]) + below.mul_(weight).sum(dim=1)
         total[rows] = shrink * total[rows] + weight.sum(dim=1)
-    row_entropy = total.log() + spread / total
-    lse = maximum.value + total.log()
+    log_total = total.log()
     mean_prob = blocks.z.new_zeros(blocks.k)
     for rows, codes, s, _ in blocks:
-        mean_prob[codes] += s.sub_(lse[rows].unsqueeze(1)).exp_().sum(dim=0)
+        # Two subtractions: the rounding of max + log(total) would be a relative error of p.
+        log_p = s.sub_(maximum.value[rows].unsqueeze(1)).sub_(log_total[rows].unsqueeze(1))
+        mean_prob[codes] += log_p.exp_().sum(dim=0)
+    row_entropy, lse = log_total + spread / total, maximum.value + log_total
     return row_entropy, mean_prob.div_(max(blocks.n, 1)), lse
 
 
@@ -104,21 +113,26 @@ def composite_backward(
     row_entropy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     blocks = _tempered(z, codebook, bias, scale, temperature)
-    # Rows of p sum to 1: a constant taken off c or S changes nothing but the rounding. With s = S/τ,
-    # log p + H = s - Σ p s is formed without lse, which would swamp small logits.
+    # Logits are taken relative to the mean of their row, lse - H: in flat rows lse would swamp them, in
+    # peaked rows both are large. What rounding made of it and of the sum of p is measured by a first pass and
+    # taken out; a constant taken off c changes nothing but the rounding.
+    center = lse - row_entropy
     c = grad_mean_prob.to(blocks.dtype)
     c = (c - c.mean()) / max(blocks.n, 1)
-    mean_c, mean_s = blocks.new_rows(), blocks.new_rows()
+    total, mean_c, mean_s = blocks.new_rows(), blocks.new_rows(), blocks.new_rows()
     for rows, codes, s, _ in blocks:
-        log_p = (s - lse[rows].unsqueeze(1)).clamp_min_(-FAR)
-        p = log_p.exp_()
+        s.sub_(center[rows].unsqueeze(1)).clamp_min_(-FAR)
+        p = torch.exp(s - row_entropy[rows].unsqueeze(1))
+        total[rows] += p.sum(dim=1)
         mean_c[rows] += torch.mv(p, c[codes])
-        mean_s[rows] += p.mul_(s.clamp_min_(-torch.finfo(s.dtype).max)).sum(dim=1)
+        mean_s[rows] += p.mul_(s).sum(dim=1)
+    mean_c, mean_s, log_total = mean_c / total, mean_s / total, row_entropy + total.log()
     a = grad_row_entropy.to(blocks.dtype).unsqueeze(1)
     out = LogitGradient(blocks)
     for rows, codes, s, block in blocks:
-        p = (s - lse[rows].unsqueeze(1)).exp_()
-        grad = s.sub_(mean_s[rows].unsqueeze(1)).clamp_min_(-FAR).mul_(-a[rows])
+        s.sub_(center[rows].unsqueeze(1)).clamp_min_(-FAR)
+        p = torch.exp(s - log_total[rows].unsqueeze(1))
+        grad = s.sub_(mean_s[rows].unsqueeze(1)).mul_(-a[rows])
         grad.add_(c[codes]).sub_(mean_c[rows].unsqueeze(1)).mul_(p)
         out.add(rows, codes, p, grad, block)
     out.finish()
@@ -132,14 +146,16 @@ def _tempered(z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, te
 
 
 def fake(
-    z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, temperature: float
+    namespace: str, z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = statistics_dtype(z.dtype)
-    rows = z.new_empty((z.shape[0],), dtype=dtype)
-    return rows, z.new_empty((codebook.shape[0],), dtype=dtype), torch.empty_like(rows)
+    n, k = z.shape[0], codebook.shape[0]
+    lse = z.new_empty((n,), dtype=saved_lse_dtype(namespace, z.dtype))
+    return z.new_empty((n,), dtype=dtype), z.new_empty((k,), dtype=dtype), lse
 
 
 def fake_backward(
+    namespace: str,
     grad_row_entropy: Tensor,
     grad_mean_prob: Tensor,
     z: Tensor,

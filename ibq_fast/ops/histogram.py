@@ -36,7 +36,7 @@ def composite(indices: Tensor, codebook_size: int) -> Tensor:
     return counts.scatter_add_(0, indices, torch.ones_like(indices))
 
 
-def fake(indices: Tensor, codebook_size: int) -> Tensor:
+def fake(namespace: str, indices: Tensor, codebook_size: int) -> Tensor:
     return indices.new_empty((codebook_size,), dtype=torch.int64)
 
 

@@ -24,9 +24,10 @@ class Operator:
 
     name, arguments: ``arguments`` is the schema after the name, ``"(Tensor z, ...) -> (...)"``.
     composite: the chunked PyTorch implementation, run on any device.
-    fake: shapes and dtypes of the outputs from those of the inputs.
-    setup_context, backward: as for ``torch.library.register_autograd``; ``backward`` takes the
-        namespace first, because a namespace differentiates with its own backward operator.
+    fake: shapes and dtypes of the outputs from the namespace and the inputs.
+    setup_context, backward: as for ``torch.library.register_autograd``; ``backward`` takes the namespace
+    first,
+        because a namespace differentiates with its own backward operator.
     """
 
     name: str
@@ -55,13 +56,27 @@ def overload(namespace: str, name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops, namespace), name).default
 
 
+def saved_lse_dtype(namespace: str, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a log-sum-exp kept for the backward, given that of z.
+
+    The native kernels keep float64, so that exp(S - lse) stays exact where logits are large; the composite
+    backend has to run on devices without float64, and measures the rounding of lse in the backward instead.
+    """
+    if namespace == native.NAMESPACE or dtype == torch.float64:
+        return torch.float64
+    return torch.float32
+
+
 def _complete(namespace: str, operator: Operator) -> None:
     qualified = f"{namespace}::{operator.name}"
-    torch.library.register_fake(qualified, operator.fake)
+
+    def fake(*args: Any) -> Any:
+        return operator.fake(namespace, *args)
 
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         return operator.backward(namespace, ctx, *grads)
 
+    torch.library.register_fake(qualified, fake)
     torch.library.register_autograd(qualified, backward, setup_context=operator.setup_context)
 
 

@@ -84,7 +84,7 @@ def composite(
 
 
 def fake(
-    z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, with_lse: bool
+    namespace: str, z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, with_lse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = z.shape[0]
     dtype = statistics_dtype(z.dtype)

@@ -8,8 +8,8 @@ codebook. Returns
   δ_i = g_i · o_i,  dS_ij = P_ij (g_i·E_j - δ_i),  dz = scale · dS E,  dbias = column sums of dS,
   dE = scale · dSᵀ z + scatter-add of g by index,
 - codes [N, D]: the same values as a plain gather; its gradient is a scatter-add into the codebook,
-- indices [N] int64 (ties to the lowest), lse [N], readout o = P E [N, D]; the latter two in the statistics
-  dtype, kept for the backward and not differentiable.
+- indices [N] int64 (ties to the lowest); lse [N] and, in the statistics dtype, the readout o = P E [N, D],
+  both kept for the backward; none of them differentiable.
 
 Nothing of size N×K is stored. Cost in products of 2·N·K·D operations: forward 2, backward 4.
 """
@@ -23,7 +23,14 @@ from torch import Tensor
 
 from ibq_fast.ops import backends, checks, search
 from ibq_fast.ops.blocks import Blocks, LogitGradient, RunningMaximum, statistics_dtype
-from ibq_fast.ops.registration import Operator, no_second_derivative, overload, register, save_nothing
+from ibq_fast.ops.registration import (
+    Operator,
+    no_second_derivative,
+    overload,
+    register,
+    save_nothing,
+    saved_lse_dtype,
+)
 
 NAME = "straight_through_select"
 BACKWARD = "straight_through_select_backward"
@@ -117,7 +124,7 @@ def composite_backward(
 
 
 def fake(
-    z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float
+    namespace: str, z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, d = z.shape
     dtype = statistics_dtype(z.dtype)
@@ -125,12 +132,13 @@ def fake(
         z.new_empty((n, d)),
         z.new_empty((n, d)),
         z.new_empty((n,), dtype=torch.int64),
-        z.new_empty((n,), dtype=dtype),
+        z.new_empty((n,), dtype=saved_lse_dtype(namespace, z.dtype)),
         z.new_empty((n, d), dtype=dtype),
     )
 
 
 def fake_backward(
+    namespace: str,
     grad_z_q: Tensor,
     grad_codes: Tensor,
     z: Tensor,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ibq_fast.checkpoint.pretrained import load_weights
+from ibq_fast.checkpoint.pretrained import check_weights, load_weights
 from ibq_fast.checkpoint.reference import discriminator_weights, load_reference_state
 
 _MAX_WIDENING = 8
@@ -60,6 +60,8 @@ class PatchDiscriminator(nn.Module):
         state = discriminator_weights(load_reference_state(source), source)
         convolutions = [tensor for name, tensor in state.items() if tensor.ndim == 4]
         base, channels = convolutions[0].shape[:2]
+        with torch.device("meta"):
+            check_weights(cls(channels, base, len(convolutions) - 2).state_dict(), state, source)
         with torch.random.fork_rng(devices=[]):
             model = cls(channels, base, len(convolutions) - 2)
         load_weights(model, state, source)

@@ -159,7 +159,10 @@ class Tokenizer(PretrainedMixin, nn.Module):
         expected = {name: t for name, t in outline.state_dict().items() if name not in buffers}
         weights = tokenizer_weights(state, expected, path, levels=len(layout.channel_multipliers), ema=ema)
         model = cls(config)
-        load_weights(model, {**model.state_dict(), **weights}, path)
+        state = {**model.state_dict(), **weights}
+        if "quantizer.initialized" in state:  # the checkpoint's codes are not to be redrawn from features
+            state["quantizer.initialized"] = torch.ones_like(state["quantizer.initialized"])
+        load_weights(model, state, path)
         return model
 
 

@@ -14,6 +14,10 @@
 #define IBQ_DEVICE __device__ __forceinline__
 #define IBQ_KERNEL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)
 
+#define IBQ_PRAGMA(words) _Pragma(#words)
+#define IBQ_UNROLL IBQ_PRAGMA(unroll)
+#define IBQ_UNROLL_BY(count) IBQ_PRAGMA(unroll count)
+
 namespace ibq::cuda {
 
 // The address of a shared-memory byte as ldmatrix and cp.async want it.
@@ -81,11 +85,12 @@ IBQ_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
 IBQ_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef IBQ_MMA
 
-// Rounds to the 11 significant bits of tf32, ties away from zero; the low 13 bits of the result are zero.
+// Rounds to the 11 significant bits of tf32, ties away from zero. cvt leaves the low 13 bits open; they are
+// cleared, so that the result is also exact when read as a float.
 IBQ_DEVICE uint32_t round_to_tf32(float x) {
   uint32_t y;
   asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(y) : "f"(x));
-  return y;
+  return y & 0xffffe000u;
 }
 
 IBQ_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }

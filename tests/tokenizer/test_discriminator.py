@@ -47,3 +47,8 @@ def test_refusals(tmp_path: Path, reference_state: dict[str, Tensor]) -> None:
     torch.save({"state_dict": without}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"a\.ckpt: no patch discriminator"):
         PatchDiscriminator.from_reference(tmp_path / "a.ckpt")
+    wide = dict(reference_state)
+    wide["loss.discriminator.main.0.weight"] = torch.zeros(10**5, 3, 4, 4)
+    torch.save(wide, tmp_path / "wide.ckpt")
+    with pytest.raises(ValueError, match=r"'layers.0.bias': expected shape \[100000\]"):
+        PatchDiscriminator.from_reference(tmp_path / "wide.ckpt")

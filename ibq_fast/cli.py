@@ -1,0 +1,200 @@
+"""``ibq-fast``: train, reconstruct, sample, doctor. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+USAGE = "ibq-fast COMMAND [options]"
+DESCRIPTION = """\
+Image tokenizers with huge codebooks: train them, look at what they keep, generate with them.
+
+commands:
+  train        train a tokenizer or a generator from a YAML config
+  reconstruct  images through a tokenizer and back: a picture grid, PSNR, code usage
+  sample       images of chosen classes from a generator
+  doctor       what is installed, which kernels are used and why
+"""
+
+EXAMPLES = """\
+examples:
+  ibq-fast doctor
+  ibq-fast train tokenizer --config configs/quickstart_tokenizer.yaml --run.dir=runs/tok
+  ibq-fast train generator --config configs/quickstart_generator.yaml --tokenizer=runs/tok/tokenizer
+  ibq-fast reconstruct --tokenizer runs/tok/tokenizer --out out photos/
+  ibq-fast sample --tokenizer runs/tok/tokenizer --generator runs/gen/generator --classes 0-9 --out out
+
+ibq-fast COMMAND --help explains a command. A model is named by the directory that training wrote, a
+Hugging Face hub id, or a checkpoint file of the published implementation (.ckpt).
+"""
+
+RECONSTRUCT_EXAMPLES = """\
+writes to OUT:
+  reconstructions.png   originals above their reconstructions (the first --columns × 4)
+  usage.png             how often each code was used
+  report.json           images, PSNR (mean over images, on uint8), codes used, utilisation, perplexity
+
+examples:
+  ibq-fast reconstruct --tokenizer runs/tok/tokenizer --out out photos/
+  ibq-fast reconstruct --tokenizer model.ckpt --resolution 256 --out out a.jpg b.png
+"""
+
+SAMPLE_EXAMPLES = """\
+writes to OUT:
+  class0003_00001.png   image 1 of class 3
+  grid.png              a row per class
+
+Image i of a run depends on the seed and on i alone, not on the batch size.
+
+examples:
+  ibq-fast sample --tokenizer runs/tok/tokenizer --generator runs/gen/generator --out out
+  ibq-fast sample --tokenizer T --generator G --classes 3,7,20-25 --per-class 4 --cfg-scale 2.25 --out out
+  ibq-fast sample --tokenizer T --generator G --top-k 1 --cfg-scale 1 --out out      greedy, no guidance
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the ``ibq-fast`` command; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["train"]:  # jsonargparse owns everything behind it
+        from ibq_fast.train.__main__ import main as train
+
+        return train(words[1:], prog="ibq-fast train")
+    parser = build_parser()
+    chosen = parser.parse_args(words)
+    if chosen.command is None:
+        parser.print_help()
+        return 2
+    run: Callable[[argparse.Namespace], int] = chosen.run
+    try:
+        return run(chosen)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``ibq-fast``."""
+    parser = _manual(
+        argparse.ArgumentParser, prog="ibq-fast", usage=USAGE, description=DESCRIPTION, epilog=EXAMPLES
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="COMMAND", help=argparse.SUPPRESS
+    )
+    _manual(commands.add_parser, "train", description="Train a tokenizer or a generator.", add_help=False)
+
+    reconstruct = _manual(
+        commands.add_parser,
+        "reconstruct",
+        usage="ibq-fast reconstruct --tokenizer MODEL --out FOLDER [options] IMAGE_OR_FOLDER ...",
+        description="Encode images, decode them again, and say what was lost.",
+        epilog=RECONSTRUCT_EXAMPLES,
+    )
+    reconstruct.add_argument("images", nargs="+", type=Path, help="image files, or folders searched through")
+    reconstruct.add_argument("--tokenizer", required=True, help="directory, hub id or .ckpt")
+    reconstruct.add_argument("--resolution", type=int, help="side in pixels (default: the tokenizer's)")
+    reconstruct.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default 8)")
+    reconstruct.set_defaults(run=_reconstruct)
+
+    sample = _manual(
+        commands.add_parser,
+        "sample",
+        usage="ibq-fast sample --generator MODEL --tokenizer MODEL --out FOLDER [options]",
+        description="Draw images of chosen classes.",
+        epilog=SAMPLE_EXAMPLES,
+    )
+    sample.add_argument("--generator", required=True, help="directory, hub id or .ckpt")
+    sample.add_argument("--tokenizer", required=True, help="the tokenizer it was trained with")
+    sample.add_argument("--classes", default="all", help="all (default), or a list such as 3,7,20-25")
+    sample.add_argument("--per-class", type=int, default=8, help="images of each class (default 8)")
+    sample.add_argument("--cfg-scale", type=float, default=2.0, help="guidance; 1 is none (default 2)")
+    sample.add_argument("--temperature", type=float, default=1.0, help="default 1")
+    sample.add_argument("--top-k", type=int, default=0, help="keep the k likeliest codes; 0 is all (default)")
+    sample.add_argument("--top-p", type=float, default=1.0, help="keep this share of probability (default 1)")
+    sample.add_argument("--seed", type=int, default=0, help="default 0")
+    sample.set_defaults(run=_sample)
+
+    for command in (reconstruct, sample):
+        command.add_argument("--out", type=Path, required=True, help="folder for what is written")
+        command.add_argument("--batch-size", type=int, default=16, help="images at a time (default 16)")
+        command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, npu, …")
+
+    doctor = _manual(
+        commands.add_parser,
+        "doctor",
+        description="Versions, the compiled extension, the instruction set it chose, devices, and "
+        "for every op the backends that are available, the one that is used, and why. Exit code 0.",
+    )
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _manual(
+    make: Callable[..., argparse.ArgumentParser], *names: str, **options: object
+) -> argparse.ArgumentParser:
+    return make(*names, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+
+def _reconstruct(chosen: argparse.Namespace) -> int:
+    from ibq_fast.evaluate.reconstruct import reconstruct
+
+    report = reconstruct(
+        chosen.images,
+        chosen.tokenizer,
+        chosen.out,
+        resolution=chosen.resolution,
+        columns=chosen.columns,
+        batch_size=chosen.batch_size,
+        device=chosen.device,
+    )
+    for path, reason in report["unreadable"]:
+        sys.stderr.write(f"not read: {path}: {reason}\n")
+    sys.stdout.write(
+        f"{report['images']} images  PSNR {report['psnr']:.2f} dB  codes used {report['codes_used']} of "
+        f"{report['codebook_size']} ({report['utilisation']:.1%})\n{chosen.out / 'reconstructions.png'}\n"
+    )
+    return 0
+
+
+def _sample(chosen: argparse.Namespace) -> int:
+    from ibq_fast.evaluate.sample import sample
+
+    written = sample(
+        chosen.generator,
+        chosen.tokenizer,
+        chosen.out,
+        classes=chosen.classes,
+        per_class=chosen.per_class,
+        cfg_scale=chosen.cfg_scale,
+        temperature=chosen.temperature,
+        top_k=chosen.top_k,
+        top_p=chosen.top_p,
+        seed=chosen.seed,
+        batch_size=chosen.batch_size,
+        device=chosen.device,
+    )
+    sys.stdout.write(f"{len(written)} images and {chosen.out / 'grid.png'}\n")
+    return 0
+
+
+def _doctor(chosen: argparse.Namespace) -> int:
+    from ibq_fast.doctor import report
+
+    sys.stdout.write(report())
+    return 0
+
+
+def _version() -> str:
+    from ibq_fast import __version__
+
+    return f"ibq-fast {__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""The class-conditional autoregressive transformer over the tokens of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ibq_fast.checkpoint.pretrained import PretrainedMixin, build_and_load
+from ibq_fast.generator import arguments
+from ibq_fast.generator.cache import KVCache
+from ibq_fast.generator.config import GeneratorConfig
+from ibq_fast.generator.rotary import RotaryTable
+from ibq_fast.generator.sampler import sample_tokens
+from ibq_fast.generator.transformer import Block, HeadNorm
+
+
+class TokenProjection(nn.Module):
+    """Two-layer map from a token embedding of its own size to the width of the model."""
+
+    def __init__(self, token_dim: int, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(token_dim, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., token_dim] -> [..., width]."""
+        return self.out(F.gelu(self.expand(x), approximate="tanh"))
+
+
+class Generator(PretrainedMixin, nn.Module):
+    """Predicts an image's tokens in raster order from its class and the tokens before.
+
+    The sequence is the class embedding followed by the token embeddings; the output at position i predicts
+    token i. ``from_pretrained`` reads own directories and the published stage-two checkpoints; for the
+    latter ``num_heads=`` and ``grid=`` say what tensor shapes cannot (defaults: width / 64, and 16 x 16).
+    """
+
+    config_class: ClassVar[type] = GeneratorConfig
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.token_embedding = nn.Embedding(config.vocab_size, config.token_dim or width)
+        self.token_projection = (
+            TokenProjection(config.token_dim, width) if config.token_dim else nn.Identity()
+        )
+        self.class_embedding = nn.Embedding(config.num_classes + 1, width)
+        self.rotary = RotaryTable(config.grid, config.head_dim, config.rope_base)
+        if config.shared_adaln:
+            self.shared_adaln = nn.Linear(width, 6 * width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.head_norm = HeadNorm(config)
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self._cache: KVCache | None = None
+        self.reset_parameters()
+
+    @property
+    def null_class(self) -> int:
+        """The class id that stands for "no class"."""
+        return self.config.num_classes
+
+    def forward(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
+        """Logits of every next token.
+
+        ``tokens`` int [B, L] with 0 <= L < rows * columns: the first L tokens of each image; ``class_ids``
+        int [B], ``num_classes`` being the null class. Returns [B, L + 1, vocab_size]; position i predicts
+        token i. While training, each class becomes the null class with probability ``class_dropout``.
+
+        Raises ``ValueError`` for wrong shapes, dtypes, lengths and values out of range (values of tensors on
+        an accelerator are checked in eval mode only: looking at them would stall every training step).
+        """
+        arguments.check_classes(class_ids, self.config, look=class_ids.is_cpu or not self.training)
+        arguments.check_tokens(tokens, class_ids, self.config, look=tokens.is_cpu or not self.training)
+        return self.head(self._hidden(tokens, class_ids))
+
+    def loss(self, tokens: Tensor, class_ids: Tensor, *, inputs: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats of all tokens of whole images: a scalar.
+
+        ``tokens`` int [B, rows * columns] (or [B, rows, columns]), ``class_ids`` int [B]. ``inputs`` int
+        [B, rows * columns - 1] replaces the tokens that the model sees (default: ``tokens`` without the
+        last), for training on corrupted context.
+        """
+        tokens = arguments.whole_images(tokens, self.config)
+        logits = self(tokens[:, :-1] if inputs is None else inputs, class_ids)
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten().long())
+
+    @torch.no_grad()
+    def sample(
+        self,
+        class_ids: Tensor | Sequence[int],
+        cfg_scale: float | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        *,
+        first_image: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Draw images: tokens int64 [B, rows, columns], one image per entry of ``class_ids`` [B].
+
+        ``cfg_scale`` s > 1 guides: logits u + s (c - u) of the class's c and the null class's u; None or
+        s <= 1 samples the class's logits alone, at half the cost. ``temperature`` > 0 divides logits;
+        ``top_k`` keeps the k largest (0: all, 1: greedy), then ``top_p`` in (0, 1] keeps the smallest set of
+        that probability.
+
+        Row i is image ``first_image + i`` of the run ``seed``. Its random numbers depend on those two, the
+        position and the code alone, so a run may be cut into calls anywhere and gives the same images. One
+        caveat: logits come from matrix products, whose last bits a library may let depend on the number of
+        rows. Rows are padded to multiples of 8, for which products agree bit by bit on the CPUs measured;
+        elsewhere a draw closer than float rounding may come out differently.
+
+        ``progress(done, total)`` is called after every position. Works in training mode too, always without
+        dropout. The key-value cache is kept for the next call; ``train()`` frees it.
+        """
+        ids = arguments.sampled_classes(class_ids, self.config, self.head.weight.device)
+        arguments.check_sampling(cfg_scale, temperature, top_k, top_p, seed, first_image)
+        if progress is not None and not callable(progress):
+            raise ValueError(f"progress: expected a callable (done, total), got {progress!r}")
+        tokens = sample_tokens(
+            self,
+            ids,
+            guidance=cfg_scale if cfg_scale is not None and cfg_scale > 1 else None,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            first_image=first_image,
+            progress=progress,
+        )
+        return tokens.unflatten(1, self.config.grid)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Token indices [...] -> input vectors [..., width]."""
+        return self.token_projection(self.token_embedding(tokens))
+
+    def layers(self) -> list[Block]:
+        """The blocks, first to last."""
+        return cast("list[Block]", list(self.blocks))
+
+    def condition(self, class_vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Class embeddings [B, width] -> what the blocks and what the head norm are modulated by."""
+        activated = F.silu(class_vectors)
+        return (self.shared_adaln(activated) if self.config.shared_adaln else activated), activated
+
+    def kv_cache(self, rows: int) -> KVCache:
+        """The cache for ``rows`` sequences, allocated once and kept while it is large enough."""
+        weight = self.head.weight
+        if self._cache is None or not self._cache.fits(rows, weight.dtype, weight.device):
+            self._cache = None
+            self._cache = KVCache(self.config, rows, weight.dtype, weight.device)
+        return self._cache
+
+    def train(self, mode: bool = True) -> Generator:
+        """As ``nn.Module.train``; entering training mode frees the sampling cache."""
+        if mode:
+            self._cache = None
+        super().train(mode)
+        return self
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw fresh weights: N(0, init_std^2), class projections scaled down, gates near 0, head 0."""
+        std = self.config.init_std
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0.0, std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        for block in self.layers():
+            block.reset_modulation(self.config)
+        self.head_norm.adaln.weight *= 0.5
+        self.head.weight.zero_()
+
+    def _hidden(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
+        """Normalised output of the last block [B, L + 1, width], before the head."""
+        if self.training and self.config.class_dropout > 0:
+            dropped = torch.rand(class_ids.shape, device=class_ids.device) < self.config.class_dropout
+            class_ids = class_ids.masked_fill(dropped, self.null_class)
+        class_vectors = self.class_embedding(class_ids)
+        x = torch.cat((class_vectors.unsqueeze(1), self.embed_tokens(tokens)), dim=1)
+        x = F.dropout(x, self.config.token_dropout, self.training)
+        block_condition, head_condition = self.condition(class_vectors)
+        factors = self.rotary(0, x.shape[1])
+        for block in self.layers():
+            x = block(x, block_condition, factors)
+        return self.head_norm(x, head_condition)
+
+    @classmethod
+    def _from_reference(
+        cls,
+        path: Path,
+        state_dict: dict[str, Tensor],
+        *,
+        ema: bool,
+        num_heads: int | None = None,
+        grid: int | tuple[int, int] | None = None,
+        **unknown: Any,
+    ) -> Generator:
+        """``ema`` is accepted and changes nothing: the published stage two keeps no averaged weights."""
+        from ibq_fast.checkpoint.reference_generator import from_reference_layout, infer_config
+
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))}: expected num_heads or grid")
+
+        transformer = from_reference_layout(state_dict, path)
+        config = infer_config(transformer, path, num_heads=num_heads, grid=grid)
+        return build_and_load(cls, config, transformer, path)

@@ -1,0 +1,234 @@
+"""What a run is made of: typed dataclasses, filled from a YAML file and the command line.
+
+Any field can be set as ``--section.field=value``; a key that no dataclass has is refused by name, with the
+nearest one that exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from ibq_fast.data import DataConfig
+from ibq_fast.generator.config import GeneratorConfig
+from ibq_fast.tokenizer import LossConfig, TokenizerConfig
+from ibq_fast.train.optimizer import OptimConfig
+from ibq_fast.train.perceptual import PerceptualName
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: where, how long, how often what.
+
+    Args:
+        dir: everything the run writes goes below it.
+        resume: go on from the newest good checkpoint in dir, if there is one.
+        seed: of the weights, the order of the data, dropout.
+        steps: optimiser steps after which the run ends; this or max_minutes must be set.
+        max_minutes: minutes after which it ends, earlier parts of a resumed run included; with both set, at
+            whichever comes first, and a decaying learning rate follows the one that is further on.
+        device: auto takes what accelerate finds; cpu, cuda and npu insist.
+        mixed_precision: what matrix products and convolutions are computed in.
+        log_every: steps between lines of metrics.
+        eval_every: steps between evaluations on held-out data (0: only at the end).
+        sample_every: steps between picture grids (0: only at the end).
+        save_every: steps between checkpoints (0: only at the end).
+        keep_last: checkpoints kept.
+        eval_batches: held-out batches per evaluation.
+        pictures: images in a grid.
+        usage_window: steps over which code utilisation is counted (tokenizer).
+        tensorboard: whether to write TensorBoard files beside metrics.jsonl.
+    """
+
+    dir: str = "runs/run"
+    resume: bool = False
+    seed: int = 0
+    steps: int | None = None
+    max_minutes: float | None = None
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    log_every: int = 50
+    eval_every: int = 1000
+    sample_every: int = 1000
+    save_every: int = 1000
+    keep_last: int = 3
+    eval_batches: int = 8
+    pictures: int = 16
+    usage_window: int = 100
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.max_minutes is None:
+            raise ValueError("run.steps: expected a number of steps (or run.max_minutes), got neither")
+        for name, least in (
+            ("steps", 1),
+            ("max_minutes", 0),
+            ("log_every", 1),
+            ("eval_every", 0),
+            ("sample_every", 0),
+            ("save_every", 0),
+            ("keep_last", 1),
+            ("eval_batches", 1),
+            ("pictures", 1),
+            ("usage_window", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"run.{name}: expected at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class TokenizerRun:
+    """Stage one: a tokenizer.
+
+    Args:
+        run: where, how long, how often what.
+        data: which images.
+        model: the tokenizer.
+        loss: weights of the losses.
+        perceptual: the distance of the perceptual loss; none leaves it out.
+        optim: how weights are updated.
+    """
+
+    run: RunConfig
+    data: DataConfig
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    perceptual: PerceptualName = "none"
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How the pictures of a generator's run are drawn.
+
+    Args:
+        cfg_scale: classifier-free guidance; 1 is none.
+        temperature: of the logits.
+        top_k: keep the k likeliest codes; 0 keeps all.
+        top_p: keep this share of probability.
+    """
+
+    cfg_scale: float = 2.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class GeneratorRun:
+    """Stage two: a generator over the tokens of a trained tokenizer.
+
+    Args:
+        run: where, how long, how often what.
+        data: which images; they are encoded once.
+        tokenizer: directory, hub id or reference checkpoint of the tokenizer.
+        model: the generator.
+        optim: how weights are updated.
+        sample: how the run's pictures are drawn.
+        cache: disk keeps the encoded images memory-mapped under run.dir, memory keeps them in memory.
+    """
+
+    run: RunConfig
+    data: DataConfig
+    tokenizer: str
+    model: GeneratorConfig = field(default_factory=GeneratorConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    cache: Literal["disk", "memory"] = "disk"
+
+
+C = TypeVar("C", TokenizerRun, GeneratorRun)
+
+
+def build_parser(kind: type[Any], prog: str, description: str = "") -> ArgumentParser:
+    """The command-line parser of a run: ``--config FILE``, ``--resume`` and every field's dotted name."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog,
+        usage=f"{prog} --config FILE [--section.field=value ...] [--resume]",
+        description=description,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with the sections below")
+    parser.add_class_arguments(kind, None)
+    parser.add_argument("--resume", action="store_true", help="same as --run.resume=true")
+    return parser
+
+
+def parse_run(kind: type[C], arguments: Sequence[str], prog: str = "ibq_fast.train") -> C:
+    """A run's config from command-line arguments. Raises ValueError for unknown keys and wrong values."""
+    parser = build_parser(kind, prog)
+    try:
+        values = parser.parse_args(list(arguments))
+        return _instantiate(kind, parser, values)
+    except Exception as error:
+        raise _explained(error, parser) from error
+
+
+def load_config(kind: type[C], file: str | Path, **overrides: Any) -> C:
+    """A run's config from a YAML file; ``overrides`` are ``section__field=value``.
+
+    Raises ValueError as :func:`parse_run`, FileNotFoundError when the file is missing.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"config: expected a YAML file, got {str(file)!r}")
+    options: list[str] = [f"--{key.replace('__', '.')}={_as_text(value)}" for key, value in overrides.items()]
+    return parse_run(kind, [f"--config={file}", *options])
+
+
+def dump_config(config: TokenizerRun | GeneratorRun, file: Path) -> None:
+    """Write ``config`` as YAML that :func:`load_config` reads back."""
+    import yaml
+
+    from ibq_fast.checkpoint.configs import config_to_dict
+
+    file.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+
+
+def _instantiate(kind: type[C], parser: ArgumentParser, values: Namespace) -> C:
+    if values.pop("resume", False):
+        values["run.resume"] = True
+    built = parser.instantiate_classes(values)
+    return kind(**{f.name: built[f.name] for f in fields(kind)})
+
+
+# How jsonargparse says that a key does not exist; the last group is the key, the one before it its section.
+_UNKNOWN = (
+    re.compile(r"()Key ['\"]?([\w.]+)['\"]? is not expected"),
+    re.compile(r"()[Uu]nrecognized arguments: --([\w.]+)"),
+    re.compile(r"()Option '([\w.]+)' is not accepted"),
+    re.compile(r"Group '([\w.]+)' does not accept option '([\w.]+)'"),
+)
+_WRONG_TYPE = re.compile(r"Parser key \"([\w.]+)\": Expected an? (.+?)\. Got value: (.*)")
+
+
+def _explained(error: Exception, parser: ArgumentParser) -> ValueError:
+    """The error as one sentence; for an unknown key, with the nearest known one."""
+    text = " ".join(str(error.__cause__ or error).split())
+    for pattern in _UNKNOWN:
+        if match := pattern.search(text):
+            key = ".".join(part for part in match.groups() if part)
+            known = [action.dest for action in parser._actions if action.dest]
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            return ValueError(f"unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+    if match := _WRONG_TYPE.search(text):
+        expected = re.sub(r"<class '(\w+)'>|typing\.", r"\1", match[2])
+        return ValueError(f"{match[1]}: expected {expected}, got {match[3]}")
+    return ValueError(text.replace('Parser key "config": ', "config: "))
+
+
+def _as_text(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(map(_as_text, value)) + "]"
+    return str(value)

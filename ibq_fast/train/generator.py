@@ -1,0 +1,179 @@
+"""Stage two: training a generator on the tokens of a data set that is encoded once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ibq_fast.data import ResumableBatchSampler, to_uint8
+from ibq_fast.data.config import Split
+from ibq_fast.evaluate.images import image_grid
+from ibq_fast.generator import Generator
+from ibq_fast.tokenizer import Tokenizer
+from ibq_fast.train.config import GeneratorRun, dump_config
+from ibq_fast.train.device import build_accelerator
+from ibq_fast.train.loop import run_task
+from ibq_fast.train.progress import Reporter
+from ibq_fast.train.token_cache import TokenCache, build_token_cache
+from ibq_fast.train.weights import Trained
+
+
+def train_generator(config: GeneratorRun) -> Path:
+    """Train a generator and return the directory of the exported model, ``<run.dir>/generator``.
+
+    Raises ValueError for settings that do not fit the tokenizer or the data, and what :func:`run_task`
+    raises.
+    """
+    accelerator = build_accelerator(config.run)
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer, device=accelerator.device).requires_grad_(False)
+    task = GeneratorTask(config, accelerator, tokenizer)
+    return run_task(task, config.run, accelerator)
+
+
+class GeneratorTask:
+    """A generator, the tokens it learns and the tokenizer that shows its pictures, as the loop sees them."""
+
+    title = "generator"
+
+    def __init__(self, config: GeneratorRun, accelerator: Accelerator, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.tokenizer = tokenizer
+        _check_tokenizer(config, tokenizer)
+        self.train_tokens = self._tokens("train")
+        self.held_out = self._tokens("val")
+        if len(self.train_tokens.classes) > config.model.num_classes:
+            raise ValueError(
+                f"model.num_classes: expected at least the data's {len(self.train_tokens.classes)} classes, "
+                f"got {config.model.num_classes}"
+            )
+        self.sampler = ResumableBatchSampler(
+            len(self.train_tokens),
+            config.data.batch_size,
+            seed=config.run.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        self.images_per_step = self.sampler.global_batch * config.optim.accumulate
+        self.generator = Trained(_Loss(Generator(config.model)), config.optim, accelerator, averaged=True)
+
+    def record(self, run_dir: Path) -> None:
+        dump_config(self.config, run_dir / "config.yaml")
+
+    def update(self, step: int, progress: float) -> dict[str, Tensor]:
+        config = self.config.optim
+        self.generator.set_rates(step, progress, self.config.run.steps)
+        total = torch.zeros((), device=self.accelerator.device)
+        for i in range(config.accumulate):
+            tokens, labels = self._batch(step * config.accumulate + i)
+            with self.generator.micro(i):
+                loss = self.generator.module(tokens, labels)
+                self.generator.backward(loss)
+            total += loss.detach().float() / config.accumulate
+        norm = self.generator.apply()
+        return {"loss": total} if norm is None else {"loss": total, "grad_norm": norm}
+
+    def figures(self) -> dict[str, float]:
+        return {"lr": self.generator.rate}
+
+    def evaluate(self) -> dict[str, float]:
+        """``loss``, nats per token on held-out images, without dropout; ``perplexity`` is its exponential."""
+        size = self.config.data.batch_size
+        last = min(len(self.held_out), size * self.config.run.eval_batches)
+        total = 0.0
+        with self.generator.evaluating() as model, torch.no_grad():
+            for start in range(0, last, size):
+                indices = torch.arange(start, min(start + size, last)).numpy()
+                tokens, labels = self.held_out.batch(0, indices, self.config.run.seed)
+                loss = model(tokens.to(self.accelerator.device), labels.to(self.accelerator.device))
+                total += float(loss) * len(indices)
+        mean = total / max(last, 1)
+        return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+
+    def picture(self) -> tuple[str, Tensor]:
+        """The first images of the run's seed, classes in turn."""
+        classes = torch.arange(self.config.run.pictures) % len(self.train_tokens.classes)
+        drawn = self.config.sample
+        with self.generator.evaluating() as model:
+            tokens = _bare(model).sample(
+                classes.to(self.accelerator.device),
+                cfg_scale=drawn.cfg_scale,
+                temperature=drawn.temperature,
+                top_k=drawn.top_k,
+                top_p=drawn.top_p,
+                seed=self.config.run.seed,
+            )
+        return "samples", image_grid(to_uint8(self.tokenizer.decode(tokens)))
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        return dict(_bare(self.generator.bare).named_parameters())
+
+    def state(self) -> dict[str, Any]:
+        # The position in the data is the step itself: which images a step sees is a function of it.
+        return {"generator": self.generator.state()}
+
+    def load_state(self, parts: Mapping[str, Any]) -> None:
+        self.generator.load_state(parts["generator"])
+
+    def export(self, run_dir: Path) -> Path:
+        folder = run_dir / "generator"
+        with self.generator.evaluating() as model:
+            if self.accelerator.is_main_process:
+                _bare(model).save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
+        epoch, step = divmod(micro_step, len(self.sampler))
+        tokens, labels = self.train_tokens.batch(epoch, self.sampler.batch(epoch, step), self.config.run.seed)
+        device = self.accelerator.device
+        return tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def _tokens(self, split: Split) -> TokenCache:
+        """On disk the main process encodes and the others map the same file; in memory each encodes for
+        itself.
+        """
+        on_disk = self.config.cache == "disk"
+        folder = Path(self.config.run.dir) / "tokens" / split if on_disk else None
+        with (
+            Reporter(
+                self.title, total_steps=None, total_seconds=None, main=self.accelerator.is_main_process
+            ) as reporter,
+            self.accelerator.main_process_first(),
+        ):
+            return build_token_cache(self.tokenizer, self.config.data, split, folder, say=reporter.say)
+
+
+class _Loss(nn.Module):
+    """The generator's loss as a forward pass, which is what gradient synchronisation and autocast wrap."""
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
+        return self.generator.loss(tokens, class_ids)
+
+
+def _bare(module: nn.Module) -> Generator:
+    assert isinstance(module, _Loss)
+    return module.generator
+
+
+def _check_tokenizer(config: GeneratorRun, tokenizer: Tokenizer) -> None:
+    settings = tokenizer.config
+    pairs = (
+        ("model.vocab_size", settings.quantizer.codebook_size, config.model.vocab_size),
+        ("model.grid", settings.grid, config.model.grid),
+        ("data.resolution", settings.resolution, config.data.resolution),
+        ("data.channels", settings.image_channels, config.data.channels),
+    )
+    for name, expected, found in pairs:
+        if expected != found:
+            raise ValueError(f"{name}: expected the tokenizer's {expected}, got {found}")

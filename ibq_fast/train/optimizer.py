@@ -1,0 +1,73 @@
+"""Optimizers from configs: which parameters decay, which rate they run at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ibq_fast.train.schedule import ScheduleConfig, learning_rate_factor, weight_decay_at
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights are updated.
+
+    Args:
+        kind: adam, or adamw with decoupled weight decay on matrices only (tensors of two or more
+        dimensions). lr: peak learning rate. betas: Adam's. eps: Adam's. weight_decay: at the start.
+        weight_decay_end: at the end, reached along a half cosine (null: it stays). clip_norm: largest norm
+        of the gradient (0: no clipping). accumulate: micro-batches per update. ema_decay: of the averaged
+        weights that are evaluated and exported (0: none are kept). schedule: of the learning rate.
+    """
+
+    kind: Literal["adam", "adamw"] = "adam"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.5, 0.9)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    weight_decay_end: float | None = None
+    clip_norm: float = 0.0
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr: expected a positive number, got {self.lr}")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate: expected at least 1, got {self.accumulate}")
+        if self.clip_norm < 0:
+            raise ValueError(f"clip_norm: expected 0 (off) or more, got {self.clip_norm}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay}")
+        if self.kind == "adam" and (self.weight_decay or self.weight_decay_end):
+            raise ValueError(f"weight_decay: expected 0 with kind adam (use adamw), got {self.weight_decay}")
+
+
+def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam or AdamW; the groups' ``decays`` says whether :func:`set_rates` gives them weight decay."""
+    trained = [p for p in parameters if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    rest = [p for p in trained if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay, "decays": True},
+        {"params": rest, "weight_decay": 0.0, "decays": False},
+    ]
+    kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
+    return kind([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, progress: float, total_steps: int | None
+) -> float:
+    """Set learning rate and weight decay for the update after ``step`` finished ones; returns the rate."""
+    rate = config.lr * learning_rate_factor(config.schedule, step, progress, total_steps)
+    decay = weight_decay_at(config.weight_decay, config.weight_decay_end, progress)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        group["weight_decay"] = decay if group["decays"] else 0.0
+    return rate

@@ -1,0 +1,49 @@
+"""How many codes training uses, over a window of steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ibq_fast.ops import code_histogram
+
+
+class UsageWindow:
+    """Counts code use over ``steps`` optimiser steps, then starts afresh.
+
+    A codebook of K codes can be used up only by a window that sees several times K tokens: choose ``steps``
+    with that in mind.
+    """
+
+    def __init__(self, codebook_size: int, steps: int, device: torch.device) -> None:
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        self._steps = steps
+        self._counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+        self._seen = 0
+        self._finished = torch.zeros_like(self._counts)
+
+    def add(self, indices: torch.Tensor) -> None:
+        """Count the codes [any shape, int64] of one micro-batch."""
+        self._counts += code_histogram(indices.detach().reshape(-1), self._counts.numel())
+
+    def end_step(self) -> None:
+        """Close an optimiser step; closes the window after ``steps`` of them."""
+        self._seen += 1
+        if self._seen == self._steps:
+            self._finished.copy_(self._counts)
+            self._counts.zero_()
+            self._seen = 0
+
+    def counts(self) -> torch.Tensor:
+        """int64 [K]: of the last finished window, or of the running one before the first is over."""
+        return self._finished if bool(self._finished.any()) else self._counts
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self._counts, "finished": self._finished, "seen": self._seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._counts.copy_(state["counts"])
+        self._finished.copy_(state["finished"])
+        self._seen = state["seen"]

@@ -1,0 +1,94 @@
+"""One trained module with its optimizer, and its averaged weights if there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ibq_fast.train.ema import WeightAverage
+from ibq_fast.train.optimizer import OptimConfig, build_optimizer, set_rates
+
+
+class Trained:
+    """``module`` as accelerate prepared it, ``bare`` without the wrapper that synchronises gradients.
+
+    One update is: :meth:`set_rates`, a backward pass per micro-batch inside :meth:`micro`, :meth:`apply`.
+    """
+
+    def __init__(
+        self, module: nn.Module, config: OptimConfig, accelerator: Accelerator, *, averaged: bool
+    ) -> None:
+        self._accelerator = accelerator
+        self._config = config
+        self.module, self._optimizer = accelerator.prepare(
+            module, build_optimizer(config, module.parameters())
+        )
+        self.bare: nn.Module = accelerator.unwrap_model(self.module)
+        self.average = (
+            WeightAverage(self.bare, config.ema_decay) if averaged and config.ema_decay > 0 else None
+        )
+        self.rate = config.lr
+
+    def set_rates(self, step: int, progress: float, total_steps: int | None) -> None:
+        """Learning rate and weight decay of the coming update."""
+        self.rate = set_rates(self._optimizer, self._config, step, progress, total_steps)
+
+    @contextmanager
+    def micro(self, index: int) -> Iterator[None]:
+        """Around the backward pass of micro-batch ``index``: only the last one synchronises gradients."""
+        last = index == self._config.accumulate - 1
+        with nullcontext() if last else self._accelerator.no_sync(self.module):
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of ``loss`` / number of micro-batches."""
+        self._accelerator.backward(loss / self._config.accumulate)
+
+    def apply(self) -> torch.Tensor | None:
+        """Clip, update, clear gradients, average. Returns the gradient's norm when it is clipped."""
+        norm = None
+        if self._config.clip_norm > 0:
+            norm = self._accelerator.clip_grad_norm_(self.module.parameters(), self._config.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
+        # A gradient scaler meets infinite gradients by design and skips the update: no alarm then.
+        return None if self._accelerator.scaler is not None else norm
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The bare module in eval mode, with averaged weights where there are any."""
+        was_training = self.bare.training
+        with self.average.applied() if self.average is not None else nullcontext():
+            self.bare.eval()
+            try:
+                yield self.bare
+            finally:
+                self.bare.train(was_training)
+
+    def state(self) -> dict[str, Any]:
+        scaler = self._accelerator.scaler
+        return {
+            "model": self.bare.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "ema": None if self.average is None else self.average.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the state does not fit the module."""
+        try:
+            self.bare.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ValueError(f"checkpoint: expected weights of this config's model: {error}") from error
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None and state["ema"] is not None:
+            self.average.load_state_dict(state["ema"])
+        if self._accelerator.scaler is not None and state["scaler"]:
+            self._accelerator.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,110 @@
+"""codebook_search: the best code, ties to the lowest index, log-sum-exp."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ibq_fast.ops import codebook_search, search, straight_through_select
+
+SIZES = [(1, 1, 1), (97, 1025, 59), (5, 16, 111), (33, 3, 256), (8, 24, 8), (130, 257, 64)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def check(x, backend, error_ratio, floors) -> None:
+    ours = codebook_search(x.z, x.codebook, scale=x.scale, bias=x.bias, with_lse=True, backend=backend)
+    eager = search.reference(x.z, x.codebook, x.bias, x.scale)
+    wide = x.to(torch.float64)
+    truth = search.reference(wide.z, wide.codebook, wide.bias, x.scale)
+    floor = floors.logits(x)
+    error_ratio("max", ours.max, eager[1], truth[1], floor)
+    error_ratio("lse", ours.lse, eager[2], truth[2], floor)
+    assert ours.indices.dtype == torch.int64
+    assert ours.max.dtype == ours.lse.dtype == search.statistics_dtype(x.z.dtype)
+    logits = search.logits(wide.z, wide.codebook, wide.bias, x.scale)
+    chosen = logits.gather(1, ours.indices.unsqueeze(1)).squeeze(1)
+    best, second = (logits.topk(min(2, logits.shape[1]), dim=1).values[:, i] for i in (0, -1))
+    clear = best - second > 2 * floor
+    assert torch.equal(ours.indices[clear], truth[0][clear])
+    assert bool((best - chosen <= 2 * floor).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_agrees_with_the_formula(size, bias, dtype, backend, operands, error_ratio, floors) -> None:
+    check(operands(*size, dtype=dtype, bias=bias, scale=0.7), backend, error_ratio, floors)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.integers(0, 40),
+    k=st.integers(1, 90),
+    d=st.integers(1, 70),
+    scale=st.sampled_from([1.0, -2.5, 0.01, 30.0]),
+    bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_any_size(
+    n, k, d, scale, bias, dtype, seed, backend, operands, small_blocks, error_ratio, floors
+) -> None:
+    x = operands(n, k, d, dtype=dtype, scale=scale, bias=bias, seed=seed)
+    check(x, backend, error_ratio, floors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_go_to_the_lowest_index(dtype, backend, small_blocks) -> None:
+    """Small integers: every order of summation gives the same logit, so that equal codes tie exactly."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randint(-3, 4, (20, 16), generator=generator).to(dtype)
+    codebook = torch.randint(-3, 4, (10, 16), generator=generator).to(dtype).repeat(13, 1)
+    expected = (z.double() @ codebook.double().T).argmax(dim=1)
+    assert int(expected.max()) < 10
+    assert torch.equal(codebook_search(z, codebook, backend=backend).indices, expected)
+    assert torch.equal(straight_through_select(z, codebook, backend=backend).indices, expected)
+    assert codebook_search(torch.zeros_like(z), codebook, backend=backend).indices.tolist() == [0] * 20
+
+
+def test_strides_do_not_matter(backend, operands) -> None:
+    x = operands(24, 40, 12, bias=True)
+    plain = codebook_search(x.z, x.codebook, bias=x.bias, with_lse=True, backend=backend)
+    wide = torch.stack([x.bias, x.bias], dim=1)[:, 0]
+    strided = codebook_search(
+        x.z.T.contiguous().T, x.codebook.T.contiguous().T, bias=wide, with_lse=True, backend=backend
+    )
+    assert torch.equal(plain.indices, strided.indices)
+    torch.testing.assert_close(plain.lse, strided.lse)
+
+
+def test_empty_batch(backend, operands) -> None:
+    x = operands(0, 7, 3)
+    result = codebook_search(x.z, x.codebook, with_lse=True, backend=backend)
+    assert [t.shape for t in result] == [(0,)] * 3
+
+
+def test_lse_only_when_asked_for(backend, operands) -> None:
+    x = operands(4, 7, 3)
+    assert codebook_search(x.z, x.codebook, backend=backend).lse is None
+
+
+def test_a_masked_code_is_never_chosen(backend, operands, small_blocks) -> None:
+    x = operands(30, 60, 8, bias=True)
+    x.bias[:40] = float("-inf")
+    ours = codebook_search(x.z, x.codebook, bias=x.bias, with_lse=True, backend=backend)
+    truth = codebook_search(x.z, x.codebook[40:], bias=x.bias[40:], with_lse=True, backend=backend)
+    assert torch.equal(ours.indices, truth.indices + 40)
+    torch.testing.assert_close(ours.lse, truth.lse)
+
+
+def test_a_nan_row_gives_index_zero(backend, operands, small_blocks) -> None:
+    x = operands(4, 60, 8)
+    x.z[2, 3] = float("nan")
+    namespace = getattr(torch.ops, {"native": "ibq_fast", "composite": "ibq_fast_composite"}[backend])
+    indices, best, lse = namespace.codebook_search(x.z, x.codebook, None, 1.0, True)
+    assert indices[2] == 0
+    assert bool(best[2].isnan())
+    assert bool(lse[2].isnan())
+    assert not bool(lse[[0, 1, 3]].isnan().any())
