@@ -9,6 +9,9 @@
 
 namespace ibq::cpu {
 
+struct CrossEntropyForward;  // cross_entropy_api.h
+struct CrossEntropyBackward;
+
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // How kernels run in parallel: the caller lends its thread pool. `run` calls body(context, task) for
@@ -85,6 +88,8 @@ struct Kernels {
   bool (*backward)(const Problem&, const Backward&, const Parallel&);
   // Row tiles and code blocks of tile_bound for [n, k]; both 0 where k is too small for it to pay.
   void (*tile_grid)(int64_t n, int64_t k, int64_t* tiles, int64_t* blocks);
+  bool (*cross_entropy_forward)(const Problem&, const CrossEntropyForward&, const Parallel&);
+  bool (*cross_entropy_backward)(const Problem&, const CrossEntropyBackward&, const Parallel&);
 };
 
 // The kernels of the best instruction set this CPU has, or of the one that the environment variable
