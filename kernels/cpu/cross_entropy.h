@@ -302,9 +302,11 @@ inline bool cross_entropy_backward(const Problem& p, const CrossEntropyBackward&
     for_rows(parallel, c.chunk_rows, [&](int64_t r) {
       float* out = in.grad_hidden + c.active[c.row + r] * plan.d;
       for (int t = 0; t < plan.code_tasks; ++t)
-        for (int64_t j = 0; j < plan.d; ++j)
-          out[j] +=
-              c.grad_rows[(int64_t)t * plan.chunk * plan.padded + (j / kNR * plan.chunk + r) * kNR + j % kNR];
+        for (int64_t e = 0; e < plan.d; e += kNR) {
+          const float* from = c.grad_rows + (t * plan.padded + e) * plan.chunk + r * kNR;
+          const int64_t width = min_of(kNR, plan.d - e);
+          for (int64_t l = 0; l < width; ++l) out[e + l] += from[l];
+        }
     });
   }
   if (split_rows)

@@ -8,7 +8,7 @@
 // A strip is kNR columns of a matrix stored together, [strip][row][kNR]: rows of a row-major [., 1024] matrix
 // lie 4 KiB apart and would meet in one set of L1. For the same reason rows of S are kLine apart, not kBlock.
 // Each product then reads 4 to 11 bytes a cycle from L2 and below 2 from L3, so that group and block need not
-// fit L2 together. One thread of a core that can do 239 GFLOP/s, d = 1024: 205 to 215 in each of the three.
+// fit L2 together. One thread of a core that can do 239 GFLOP/s, d = 1024: 200 to 215 in each of the three.
 // Tried and lost: cutting the depth of group_logits in slices that leave a panel in L1 (202 against 212);
 // groups of 8 and 16 tiles (3 and 2 % in the backward); 86 tiles were no faster than 32.
 #pragma once
