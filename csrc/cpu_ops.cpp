@@ -3,6 +3,7 @@
 
 #include "csrc/arguments.h"
 #include "kernels/cpu/codebook.h"
+#include "kernels/cpu/cross_entropy_api.h"
 
 namespace ibq {
 namespace {
@@ -294,6 +295,63 @@ std::tuple<Tensor, Tensor, Tensor> index_backprop_backward(
           grad_bias};
 }
 
+// The arguments both directions of the cross entropy share; `targets` keeps the tensor alive.
+void set_targets(cpu::CrossEntropy& args, const Operands& in, Tensor& targets, int64_t ignore_index,
+                 double label_smoothing) {
+  check_shape(targets, "targets", {in.problem.n}, ScalarType::Long);
+  STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
+                  "label_smoothing: expected a number from 0 to 1, got ", label_smoothing);
+  targets = torch::stable::contiguous(targets);
+  args.targets = static_cast<const int64_t*>(targets.const_data_ptr());
+  args.ignore_index = ignore_index;
+  args.label_smoothing = static_cast<float>(label_smoothing);
+  for (int64_t i = 0; i < in.problem.n; ++i) {
+    const int64_t target = args.targets[i];
+    STD_TORCH_CHECK(target == ignore_index || (target >= 0 && target < in.problem.k),
+                    "targets: expected values in [0, ", in.problem.k, ") or ignore_index ", ignore_index,
+                    ", got ", target, " at position ", i);
+  }
+}
+
+std::tuple<Tensor, Tensor> linear_cross_entropy(Tensor hidden, Tensor head, std::optional<Tensor> bias,
+                                                Tensor targets, int64_t ignore_index,
+                                                double label_smoothing) {
+  const Operands in(hidden, head, bias, 1.0);
+  cpu::CrossEntropyForward out;
+  set_targets(out, in, targets, ignore_index, label_smoothing);
+  Tensor loss = new_of(hidden, {in.problem.n}, ScalarType::Float);
+  Tensor lse = new_of(hidden, {in.problem.n}, ScalarType::Double);
+  out.loss = data<float>(loss);
+  out.lse = data<double>(lse);
+  check_memory(kernels().cross_entropy_forward(in.problem, out, torch_parallel()));
+  return {loss, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(Tensor grad_loss, Tensor hidden, Tensor head,
+                                                                 std::optional<Tensor> bias, Tensor targets,
+                                                                 int64_t ignore_index, double label_smoothing,
+                                                                 Tensor lse) {
+  const Operands in(hidden, head, bias, 1.0);
+  const int64_t n = in.problem.n, k = in.problem.k, d = in.problem.d;
+  cpu::CrossEntropyBackward args;
+  set_targets(args, in, targets, ignore_index, label_smoothing);
+  check_shape(grad_loss, "grad_loss", {n}, ScalarType::Float);
+  check_shape(lse, "lse", {n}, ScalarType::Double);
+  grad_loss = torch::stable::contiguous(grad_loss);
+  lse = torch::stable::contiguous(lse);
+  Tensor grad_hidden = new_of(hidden, {n, d}, ScalarType::Float);
+  Tensor grad_head = new_of(hidden, {k, d}, ScalarType::Float);
+  Tensor grad_bias = new_of(hidden, {in.bias ? k : 0}, ScalarType::Float);
+  args.grad_loss = static_cast<const float*>(grad_loss.const_data_ptr());
+  args.lse = static_cast<const double*>(lse.const_data_ptr());
+  args.grad_hidden = data<float>(grad_hidden);
+  args.grad_head = data<float>(grad_head);
+  args.grad_bias = in.bias ? data<float>(grad_bias) : nullptr;
+  check_memory(kernels().cross_entropy_backward(in.problem, args, torch_parallel()));
+  return {torch::stable::to(grad_hidden, hidden.scalar_type()),
+          torch::stable::to(grad_head, hidden.scalar_type()), grad_bias};
+}
+
 Tensor code_histogram(Tensor indices, int64_t codebook_size) {
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, "indices: expected int64");
   STD_TORCH_CHECK(codebook_size >= 1, "codebook_size: expected at least 1, got ", codebook_size);
@@ -317,6 +375,8 @@ STABLE_TORCH_LIBRARY_IMPL(ibq_fast, CPU, m) {
   m.impl("softmax_statistics_backward", TORCH_BOX(&softmax_statistics_backward));
   m.impl("index_backprop", TORCH_BOX(&index_backprop));
   m.impl("index_backprop_backward", TORCH_BOX(&index_backprop_backward));
+  m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy));
+  m.impl("linear_cross_entropy_backward", TORCH_BOX(&linear_cross_entropy_backward));
   m.impl("code_histogram", TORCH_BOX(&code_histogram));
 }
 

@@ -30,5 +30,12 @@ STABLE_TORCH_LIBRARY(ibq_fast, m) {
       " Tensor grad_mean_prob, Tensor z, Tensor codebook, Tensor? bias, float scale, float norm_weight,"
       " float temperature, Tensor indices, Tensor lse, Tensor readout, Tensor row_entropy, Tensor lse_tau,"
       " Tensor tile_bound) -> (Tensor grad_z, Tensor grad_codebook, Tensor grad_bias)");
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor head, Tensor? bias, Tensor targets, int ignore_index,"
+      " float label_smoothing) -> (Tensor loss, Tensor lse)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad_loss, Tensor hidden, Tensor head, Tensor? bias,"
+      " Tensor targets, int ignore_index, float label_smoothing, Tensor lse)"
+      " -> (Tensor grad_hidden, Tensor grad_head, Tensor grad_bias)");
   m.def("code_histogram(Tensor indices, int codebook_size) -> Tensor");
 }

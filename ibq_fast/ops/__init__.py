@@ -1,4 +1,4 @@
-"""Operators of the codebook: search, straight-through selection, entropies, histogram; no N×K tensor.
+"""Operators of the codebook and of a linear head over its codes; no N×K tensor.
 
 Each module states one operator's contract. ``native`` (C++) and ``composite`` (chunked PyTorch, any device)
 offer the same schemas in the namespaces ``torch.ops.ibq_fast`` and ``torch.ops.ibq_fast_composite``.
@@ -11,6 +11,7 @@ from ibq_fast.ops.backends import (
     backend_report,
     set_backend,
 )
+from ibq_fast.ops.cross_entropy import linear_cross_entropy
 from ibq_fast.ops.entropy import EntropyResult, codebook_entropy
 from ibq_fast.ops.histogram import code_histogram
 from ibq_fast.ops.index_backprop import IndexBackpropResult, index_backprop
@@ -30,6 +31,7 @@ __all__ = [
     "codebook_entropy",
     "codebook_search",
     "index_backprop",
+    "linear_cross_entropy",
     "set_backend",
     "straight_through_select",
 ]

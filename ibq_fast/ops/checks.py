@@ -49,6 +49,47 @@ def _bias(bias: Tensor, z: Tensor, codebook: Tensor) -> None:
         raise ValueError(f"bias: expected device {z.device} like z, got {bias.device}")
 
 
+def head_operands(hidden: Tensor, head: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError unless hidden [N, C], head [K, C] and bias [K] or None fit together."""
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden: expected [N, C] float, got {list(hidden.shape)}")
+    floating("hidden", hidden)
+    floating("head", head)
+    if head.dim() != 2 or min(head.shape) < 1 or head.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"head: expected [K, {hidden.shape[1]}] to fit hidden, K ≥ 1, got {list(head.shape)}"
+        )
+    for name, tensor in (("head", head), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {tensor.device}")
+    if head.dtype != hidden.dtype:
+        raise ValueError(f"head: expected {hidden.dtype} like hidden, got {head.dtype}")
+    if bias is not None:
+        if bias.shape != head.shape[:1]:
+            raise ValueError(f"bias: expected [{head.shape[0]}], one number a class, got {list(bias.shape)}")
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        if bias.dtype not in (hidden.dtype, wide):
+            raise ValueError(f"bias: expected {wide} with hidden of {hidden.dtype}, got {bias.dtype}")
+
+
+def class_targets(targets: Tensor, hidden: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise ValueError unless targets is int64 [N], each (on the CPU) in [0, classes) or ignore_index."""
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets: expected torch.int64, got {targets.dtype}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets: expected [{hidden.shape[0]}], one class a row, got {list(targets.shape)}")
+    if targets.device != hidden.device:
+        raise ValueError(f"targets: expected device {hidden.device} like hidden, got {targets.device}")
+    if _readable(targets):
+        bad = ((targets < 0) | (targets >= classes)) & (targets != ignore_index)
+        if bad.any():
+            at = int(bad.nonzero()[0])
+            raise ValueError(
+                f"targets: expected values in [0, {classes}) or ignore_index {ignore_index}, "
+                f"got {int(targets[at])} at position {at}"
+            )
+
+
 def floating(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")

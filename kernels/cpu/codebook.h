@@ -10,6 +10,9 @@
 
 namespace ibq::cpu {
 
+struct CrossEntropyForward;  // cross_entropy_api.h
+struct CrossEntropyBackward;
+
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // How kernels run in parallel: the caller lends its thread pool. `run` calls body(context, task) for
@@ -92,6 +95,8 @@ struct Kernels {
   // ceil(n / tile_rows) and ceil(k / block_codes) from bounded_from codes on.
   void (*tile_grid)(int64_t n, int64_t k, int64_t* tiles, int64_t* blocks);
   int tile_rows, block_codes, bounded_from;
+  bool (*cross_entropy_forward)(const Problem&, const CrossEntropyForward&, const Parallel&);
+  bool (*cross_entropy_backward)(const Problem&, const CrossEntropyBackward&, const Parallel&);
 };
 
 // The kernels of the best instruction set this CPU has, or of the one that the environment variable

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "kernels/cpu/codebook.h"
+#include "kernels/cpu/cross_entropy_api.h"
 
 namespace ibq::cpu {
 namespace {
@@ -23,9 +24,19 @@ namespace {
 #include "kernels/cpu/exact_search.h"
 #include "kernels/cpu/backward.h"
 #include "kernels/cpu/entry.h"
+#include "kernels/cpu/group_tile.h"
+#include "kernels/cpu/cross_entropy.h"
 // clang-format on
 }  // namespace
 
 extern const Kernels IBQ_KERNELS;
-const Kernels IBQ_KERNELS = {IBQ_ISA_NAME, &forward, &backward, &tile_grid, kMR, kBlock, kBoundedFrom};
+const Kernels IBQ_KERNELS = {IBQ_ISA_NAME,
+                             &forward,
+                             &backward,
+                             &tile_grid,
+                             kMR,
+                             kBlock,
+                             kBoundedFrom,
+                             &cross_entropy_forward,
+                             &cross_entropy_backward};
 }  // namespace ibq::cpu
