@@ -14,8 +14,7 @@ from ibq_fast.data import BadImageError, DataError, SquareCrop, decode_image, to
 from ibq_fast.data.paths import EXTENSIONS
 from ibq_fast.evaluate.devices import pick_device
 from ibq_fast.evaluate.images import psnr, reconstruction_grid, save_png, usage_plot
-from ibq_fast.evaluate.usage import usage_figures
-from ibq_fast.ops import code_histogram
+from ibq_fast.evaluate.usage import CodebookUsage
 from ibq_fast.tokenizer import Tokenizer
 
 _GRID_ROWS = 4
@@ -43,14 +42,14 @@ def reconstruct(
     files = list(_files(images))
     model = Tokenizer.from_pretrained(tokenizer, device=pick_device(device))
     crop = SquareCrop(resolution or model.config.resolution)
-    counts = torch.zeros(model.config.quantizer.codebook_size, dtype=torch.int64)
+    usage = CodebookUsage(model.config.quantizer.codebook_size)
     unreadable: list[tuple[str, str]] = []
     shown: list[tuple[Tensor, Tensor]] = []
     quality: list[Tensor] = []
     for batch in _batches(files, crop, model.config.image_channels, batch_size, unreadable):
         codes = model.encode(batch.to(model.last_layer.device))
         copies = to_uint8(model.decode(codes)).cpu()
-        counts += code_histogram(codes.reshape(-1).cpu(), len(counts))
+        usage.update(codes)
         quality.append(psnr(batch, copies))
         if sum(len(pair[0]) for pair in shown) < columns * _GRID_ROWS:
             shown.append((batch, copies))
@@ -59,14 +58,14 @@ def reconstruct(
     folder = Path(out)
     originals, copies = (torch.cat(side)[: columns * _GRID_ROWS] for side in zip(*shown, strict=True))
     save_png(reconstruction_grid(originals, copies, columns), folder / "reconstructions.png")
-    usage_plot(counts, folder / "usage.png")
+    usage_plot(usage.counts, folder / "usage.png")
     each = torch.cat(quality)
     report = {
         "images": len(each),
         "psnr": float(each.clamp_max(100.0).mean()),
-        "codebook_size": len(counts),
-        "codes_used": int((counts > 0).sum()),
-        **usage_figures(counts),
+        "codebook_size": len(usage.counts),
+        "codes_used": int((usage.counts > 0).sum()),
+        **usage.figures(),
         "resolution": crop.resolution,
         "unreadable": unreadable,
     }

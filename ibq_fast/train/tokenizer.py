@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ibq_fast.data import build_loader, to_float, to_uint8
 from ibq_fast.evaluate.images import psnr, reconstruction_grid
-from ibq_fast.evaluate.usage import usage_figures
-from ibq_fast.ops import code_histogram
+from ibq_fast.evaluate.usage import CodebookUsage, usage_figures
 from ibq_fast.tokenizer import LossConfig, PatchDiscriminator, Tokenizer, TokenizerLoss
 from ibq_fast.train.config import TokenizerRun, dump_config
 from ibq_fast.train.device import build_accelerator
@@ -127,15 +126,15 @@ class TokenizerTask:
         images.
         """
         quantizer = self.config.model.quantizer
-        counts = torch.zeros(quantizer.codebook_size, dtype=torch.int64, device=self.accelerator.device)
+        usage = CodebookUsage(quantizer.codebook_size, self.accelerator.device)
         sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
         for images, reconstruction, indices in self._reconstructed(self.config.run.eval_batches):
             quality = psnr(images, to_uint8(reconstruction)).clamp_max(100.0)
             sums[0] += quality.sum()
             sums[1] += (reconstruction - to_float(images)).abs().double().flatten(1).mean(1).sum()
             sums[2] += len(images)
-            counts += code_histogram(indices.reshape(-1), quantizer.codebook_size)
-        sums, counts = self.accelerator.reduce((sums, counts), "sum")
+            usage.update(indices)
+        sums, counts = self.accelerator.reduce((sums, usage.counts), "sum")
         total, distance, images_seen = sums.tolist()
         seen = max(images_seen, 1)
         return {"psnr": total / seen, "l1": distance / seen, **usage_figures(counts)}

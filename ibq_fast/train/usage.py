@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ibq_fast.ops import code_histogram
+from ibq_fast.evaluate.usage import CodebookUsage
 
 
 class UsageWindow:
@@ -20,30 +20,30 @@ class UsageWindow:
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         self._steps = steps
-        self._counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+        self._usage = CodebookUsage(codebook_size, device)
         self._seen = 0
-        self._finished = torch.zeros_like(self._counts)
+        self._finished = torch.zeros_like(self._usage.counts)
 
     def add(self, indices: torch.Tensor) -> None:
         """Count the codes [any shape, int64] of one micro-batch."""
-        self._counts += code_histogram(indices.detach().reshape(-1), self._counts.numel())
+        self._usage.update(indices)
 
     def end_step(self) -> None:
         """Close an optimiser step; closes the window after ``steps`` of them."""
         self._seen += 1
         if self._seen == self._steps:
-            self._finished.copy_(self._counts)
-            self._counts.zero_()
+            self._finished.copy_(self._usage.counts)
+            self._usage.counts.zero_()
             self._seen = 0
 
     def counts(self) -> torch.Tensor:
         """int64 [K]: of the last finished window, or of the running one before the first is over."""
-        return self._finished if bool(self._finished.any()) else self._counts
+        return self._finished if bool(self._finished.any()) else self._usage.counts
 
     def state_dict(self) -> dict[str, Any]:
-        return {"counts": self._counts, "finished": self._finished, "seen": self._seen}
+        return {"counts": self._usage.counts, "finished": self._finished, "seen": self._seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._counts.copy_(state["counts"])
+        self._usage.counts.copy_(state["counts"])
         self._finished.copy_(state["finished"])
         self._seen = state["seen"]

@@ -9,7 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ibq_fast.evaluate import image_grid, psnr, reconstruction_grid, save_png, usage_figures, usage_plot
+from ibq_fast.evaluate import (
+    CodebookUsage,
+    image_grid,
+    psnr,
+    reconstruction_grid,
+    save_png,
+    usage_figures,
+    usage_plot,
+)
 
 
 def test_psnr_is_per_image() -> None:
@@ -66,3 +74,30 @@ def test_wrong_arguments_are_named(call: object, message: str) -> None:
     assert callable(call)
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+
+
+def test_usage_over_batches_is_that_of_the_set() -> None:
+    indices = torch.tensor([[0, 0, 3], [3, 3, 3]])
+    usage = CodebookUsage(5)
+    assert usage.figures() == {"utilisation": 0.0, "perplexity": 0.0}
+    for batch in indices:
+        usage.update(batch)
+    assert usage.counts.tolist() == [2, 0, 0, 4, 0]
+    assert usage.dead_codes().tolist() == [1, 2, 4]
+    entropy = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)
+    assert usage.figures() == pytest.approx({"utilisation": 0.4, "perplexity": math.exp(entropy)})
+    with pytest.raises(ValueError, match="codebook_size: expected at least 1, got 0"):
+        CodebookUsage(0)
+
+
+def test_usage_adds_up_over_processes(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        usage = CodebookUsage(3)
+        usage.update(torch.tensor([1, 1]))
+        usage.all_reduce()
+        assert usage.counts.tolist() == [0, 2, 0]
+    finally:
+        torch.distributed.destroy_process_group()
