@@ -32,7 +32,7 @@ class Options:
     generator_overrides: tuple[str, ...] = ()
     skip_vq: bool = False
     steps_scale: float = 1.0
-    max_minutes: float = 9.0
+    max_minutes: float = 8.0
     samples_per_class: int = 50
     held_out: int = 2000
     seed: int = 0

@@ -143,7 +143,10 @@ class _Quickstart:
 
     def _limits(self, run: Any, stage: str) -> tuple[str, ...]:
         """Overrides that keep a training within its steps and its share of the time."""
-        minutes = self.clock.allowance(stage) * _TRAINING_SHARE / 60
+        seconds = self.clock.allowance(stage)
+        if stage == "vq":  # as many steps as the tokenizer it is compared with, so at least as much time
+            seconds = max(seconds, self.clock.seconds["tokenizer"])
+        minutes = seconds * _TRAINING_SHARE / 60
         return (f"run.steps={self._steps(run)}", f"run.max_minutes={minutes:.4f}")
 
     @contextmanager

@@ -113,11 +113,10 @@ def _protocol(protocol: Mapping[str, Any]) -> list[str]:
 
 def _threads(by_stage: Mapping[str, int]) -> str:
     """How many threads the trainings ran on, where that was chosen."""
-    return (
-        f", trained on {' or '.join(str(n) for n in sorted(set(by_stage.values())))} threads"
-        if by_stage
-        else ""
-    )
+    counts = sorted(set(by_stage.values()))
+    if not counts:
+        return ""
+    return f", trained on {' or '.join(map(str, counts))} thread{'s' if counts[-1] > 1 else ''}"
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
