@@ -7,7 +7,7 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 CPP    := $(shell git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh' 2>/dev/null)
 RUN    ?= runs/quickstart
 
-.PHONY: help quickstart test bench lint format kernel-tests cuda-check pytest sanitize clean
+.PHONY: help quickstart test lint format kernel-tests cuda-check pytest isa-tests bench sanitize clean
 
 help:  ## This list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,7 +28,7 @@ build: $(STAMP)
 quickstart: build  ## Train, sample and report on embedded real images: runs/quickstart/report.md
 	$(PY) -m ibq_fast.quickstart --out $(RUN)
 
-test: lint kernel-tests cuda-check pytest  ## Everything: lint, types, CTest, CUDA compile check, pytest
+test: lint kernel-tests sanitize cuda-check pytest isa-tests  ## Everything: lint, types, CTest, sanitizers, CUDA compile check, pytest
 
 lint: $(STAMP)  ## ruff, mypy, clang-format
 	$(VENV)/bin/ruff check .
@@ -56,6 +56,14 @@ pytest: build
 bench: build  ## Measure everything against its peers (some 12 minutes): docs/benchmarks.md
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench]'
 	$(PY) -m bench.report $(BENCH)
+
+# The ops with each older instruction set forced; the best one is what `pytest` ran.
+isa-tests: build  ## The native ops under every instruction set this CPU has
+	@for isa in $$($(PY) -c 'import torch, ibq_fast._C as c; print(*c.cpu_isas().split(",")[1:])'); do \
+	  echo "IBQ_FAST_CPU_ISA=$$isa"; \
+	  IBQ_FAST_CPU_ISA=$$isa $(PY) -m pytest -q tests/ops/test_index_backprop.py tests/ops/test_search.py \
+	    tests/ops/test_cross_entropy.py tests/test_quantizer_golden.py -k 'native' || exit 1; \
+	done
 
 sanitize: $(STAMP)  ## CTest under the address and undefined-behaviour sanitizers
 	$(VENV)/bin/cmake -S . -B build/sanitize -DIBQ_FAST_SANITIZE=ON -DIBQ_FAST_EXTENSION=OFF -DIBQ_FAST_CUDA=off
