@@ -58,11 +58,6 @@ def run_quickstart(options: Options) -> dict[str, Any]:
         torch.set_num_threads(threads)
 
 
-def squared_error(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """The distance that stands in for a perceptual one: mean square error per image, [B]."""
-    return (images - reconstructions).square().flatten(1).mean(1)
-
-
 class _Quickstart:
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -165,7 +160,7 @@ class _Quickstart:
     def _train_tokenizer(self, stage: str, title: str, overrides: tuple[str, ...]) -> Path:
         with self._training(stage, title):
             limits = self._limits(self.tokenizer_run, stage)
-            return train_tokenizer(self._recipe(stage, (*limits, *overrides)), perceptual=squared_error)
+            return train_tokenizer(self._recipe(stage, (*limits, *overrides)))
 
     def _train_generator(self, tokenizer: Path) -> Path:
         with self._training("generator", "generator of the IBQ tokenizer's codes"):

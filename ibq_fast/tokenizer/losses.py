@@ -24,6 +24,7 @@ _ADAPTIVE_MAX = 1e4
 class LossConfig:
     """Weights of a tokenizer's losses; the defaults are the published recipe's, without its discriminator.
 
+    reconstruction_weight, squared_weight: of the mean absolute and the mean square error of the pixels.
     perceptual_weight: used when :class:`TokenizerLoss` is given a perceptual distance.
     quantization_weight, entropy_weight: of the quantizer's ``quantization_loss`` and ``entropy_loss``.
     adversarial: "none", or the discriminator's loss, "hinge" or "vanilla". The tokenizer's own adversarial
@@ -38,6 +39,7 @@ class LossConfig:
 
     reconstruction_weight: float = 1.0
     perceptual_weight: float = 1.0
+    squared_weight: float = 0.0
     quantization_weight: float = 1.0
     entropy_weight: float = 0.05
     adversarial: Literal["none", "hinge", "vanilla"] = "none"
@@ -53,7 +55,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.adversarial not in ("none", "hinge", "vanilla"):
             raise ValueError(f"adversarial: expected none, hinge or vanilla, got {self.adversarial!r}")
-        for name in ("reconstruction", "perceptual", "quantization", "lecam"):
+        for name in ("reconstruction", "squared", "perceptual", "quantization", "lecam"):
             value = getattr(self, f"{name}_weight")
             if not value >= 0:
                 raise ValueError(f"{name}_weight: expected at least 0, got {value}")
@@ -128,8 +130,8 @@ class TokenizerLoss(nn.Module):
 
         Pass the bare ``discriminator`` (not one wrapped for gradient synchronisation) when
         ``config.adversarial`` is not "none", and ``tokenizer.last_layer`` when ``generator_weight`` is None.
-        Terms: total, reconstruction, perceptual, nll (their weighted sum), quantization, sample_entropy,
-        codebook_entropy, entropy, codebook (weighted sum of quantization and entropy), adversarial
+        Terms: total, reconstruction, squared, perceptual, nll (their weighted sum), quantization,
+        sample_entropy, codebook_entropy, entropy, codebook (weighted sum of quantization and entropy), adversarial
         (weighted), adversarial_unweighted, adversarial_weight.
         """
         config, reconstruction, quantized = self.config, output.reconstruction, output.quantizer
@@ -140,6 +142,10 @@ class TokenizerLoss(nn.Module):
         if self.perceptual is not None and config.perceptual_weight > 0:
             distance = self.perceptual(images, reconstruction).mean()
         nll = config.reconstruction_weight * pixels + config.perceptual_weight * distance
+        squared = pixels.new_zeros(())
+        if config.squared_weight > 0:
+            squared = F.mse_loss(reconstruction, images)
+            nll = nll + config.squared_weight * squared
         codebook = config.quantization_weight * quantized.quantization_loss
         if config.entropy_weight != 0:
             codebook = codebook + config.entropy_weight * quantized.entropy_loss
@@ -153,6 +159,7 @@ class TokenizerLoss(nn.Module):
         terms = {
             "total": total,
             "reconstruction": pixels,
+            "squared": squared,
             "perceptual": distance,
             "nll": nll,
             "quantization": quantized.quantization_loss,

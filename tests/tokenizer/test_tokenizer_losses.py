@@ -77,6 +77,13 @@ def test_without_a_discriminator(case: Case) -> None:
     assert all(term.ndim == 0 and not term.requires_grad for term in loss.terms.values())
 
 
+def test_squared_error(case: Case) -> None:
+    terms = TokenizerLoss(LossConfig(squared_weight=3.0))(case.images, case.output).terms
+    squares = (case.images - case.output.reconstruction).square().mean().detach()
+    torch.testing.assert_close(terms["squared"], squares)
+    torch.testing.assert_close(terms["nll"], terms["reconstruction"] + 3 * squares)
+
+
 def test_perceptual_hook(case: Case) -> None:
     loss = TokenizerLoss(LossConfig(perceptual_weight=3.0), lambda a, b: (a - b).square().mean((1, 2, 3)))
     terms = loss(case.images, case.output).terms
