@@ -130,9 +130,9 @@ class TokenizerLoss(nn.Module):
 
         Pass the bare ``discriminator`` (not one wrapped for gradient synchronisation) when
         ``config.adversarial`` is not "none", and ``tokenizer.last_layer`` when ``generator_weight`` is None.
-        Terms: total, reconstruction, squared, perceptual, nll (their weighted sum), quantization,
-        sample_entropy, codebook_entropy, entropy, codebook (weighted sum of quantization and entropy), adversarial
-        (weighted), adversarial_unweighted, adversarial_weight.
+        Terms: total; reconstruction, squared, perceptual and nll, their weighted sum; quantization,
+        sample_entropy, codebook_entropy, entropy and codebook, the weighted sum of quantization and entropy;
+        adversarial (weighted), adversarial_unweighted, adversarial_weight.
         """
         config, reconstruction, quantized = self.config, output.reconstruction, output.quantizer
         if images.shape != reconstruction.shape:
