@@ -29,7 +29,7 @@ def use_fastest_threads(most: int) -> int:
 
 
 def choose_threads(most: int, seconds: Callable[[float], float]) -> int:
-    """One look: as :func:`use_fastest_threads`. ``seconds(limit)`` times work as now set, giving up at ``limit``."""
+    """One look. ``seconds(limit)`` times work with the threads now set, giving up at ``limit``."""
     best, least = 1, float("inf")
     for count in _candidates(most):
         torch.set_num_threads(count)
