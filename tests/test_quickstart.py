@@ -265,6 +265,23 @@ def test_the_fastest_number_of_threads_is_used(most: int, seconds: dict[int, flo
     try:
         assert threads.choose_threads(most, lambda limit: seconds[torch.get_num_threads()]) == chosen
         assert torch.get_num_threads() == chosen
-        assert 1 <= threads.use_fastest_threads(2) <= 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("looks", "chosen"), [([2, 2], 2), ([1, 1], 1), ([2, 1, 2], 2), ([1, 4, 2], 2)])
+def test_two_looks_at_the_threads_agree_or_the_middle_of_three_decides(
+    looks: list[int], chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    left = list(looks)
+    monkeypatch.setattr(threads, "choose_threads", lambda most, seconds: left.pop(0))
+    try:
+        assert threads.use_fastest_threads(8) == chosen == torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert not left
+
+
+def test_measuring_threads_gives_up_at_its_limit() -> None:
+    assert 0 < threads._seconds(0.0) < 5
