@@ -63,7 +63,7 @@ void row_dot_task(const BackwardContext& c, int task) {
   float* bias = packed + kBlock * words<kPairs>(plan.d);
   float* logits = bias + kBlock;
   float* dots = c.row_dot + (int64_t)range.code_task * plan.chunk;
-  const F inverse_tau = set1(1.0f / c.in.temperature);
+  const float inverse_tau = 1.0f / c.in.temperature;
   const float gap = negligible_gap(c.problem);
   for (int64_t r = range.row0; r < range.row1; ++r) dots[r] = 0.0f;
   for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
@@ -77,11 +77,11 @@ void row_dot_task(const BackwardContext& c, int task) {
       logits_tile<kPairs>(c.tiles + r * words<kPairs>(plan.d), packed, words<kPairs>(plan.d), block.panels,
                           c.problem.scale, bias, logits);
       for (int i = 0; i < kMR && r + i < c.chunk_rows; ++i) {
-        const SplitLse lse(c.in.lse_tau[c.row + r + i]);
+        const LogProb log_p(c.in.lse_tau[c.row + r + i], inverse_tau);
         F sum = F{};
-        if (negligible(lane_maxima(logits + i * kBlock, columns) * inverse_tau, lse.high[0], gap)) continue;
-        for (int j = 0; j < columns; j += kWidth)
-          sum += exp_of(lse.below(load(logits + i * kBlock + j) * inverse_tau)) * load(weights + j);
+        const float* x = logits + i * kBlock;
+        if (negligible(lane_maxima(x, columns), log_p.high[0], gap * c.in.temperature)) continue;
+        for (int j = 0; j < columns; j += kWidth) sum += exp_of(log_p.of(load(x + j))) * load(weights + j);
         dots[r + i] += (float)horizontal_sum(sum);
       }
     }
@@ -108,9 +108,9 @@ IBQ_INLINE void logit_gradient_row(const BackwardContext& c, int64_t r, int64_t 
                                    Matters matters, const float* g, const float* weights, Winner* select,
                                    Winner* entropy, float* x) {
   const int64_t row = c.row + r;
-  const SplitLse lse(kSelect ? c.in.lse[row] : 0.0), lse_t(kEntropy ? c.in.lse_tau[row] : 0.0);
   const F delta = set1(kSelect ? c.delta[r] : 0.0f);
-  const F inverse_tau = set1(1.0f / c.in.temperature);
+  const LogProb select_log(kSelect ? c.in.lse[row] : 0.0);
+  const LogProb entropy_log(kEntropy ? c.in.lse_tau[row] : 0.0, 1.0f / c.in.temperature);
   // p/tau [ -a (log p + H) + (c_j - r)/N ] = p [ log p * slope + c_j * share + offset ]
   F slope = F{}, share = F{}, offset = F{};
   if (kEntropy) {
@@ -127,12 +127,12 @@ IBQ_INLINE void logit_gradient_row(const BackwardContext& c, int64_t r, int64_t 
     const F v = load(x + j);
     F ds = F{};
     if (kSelect && matters.select) {
-      const F p = exp_of(lse.below(v));
+      const F p = exp_of(select_log.of(v));
       ds = leave_out_winner(p, p * (load(g + j) - delta), code0 + j, select);
       select_sum += ds;
     }
     if (kEntropy && matters.entropy) {
-      const F log_p = lse_t.below(v * inverse_tau);
+      const F log_p = entropy_log.of(v);
       const F p = exp_of(log_p);
       const F d = p * (max_of(log_p, set1(-1e4f)) * slope + (load(weights + j) * share + offset));
       const F others = leave_out_winner(p, d, code0 + j, entropy);

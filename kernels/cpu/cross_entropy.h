@@ -108,12 +108,12 @@ inline void merge_cross_entropy(const CrossEntropyContext& c, const CrossEntropy
 // dS of one row in place of its logits: weight * (P - q).
 IBQ_INLINE void cross_entropy_row(float* x, int columns, int64_t codes, int64_t target, double lse,
                                   float weight, float smoothing, float share) {
-  const SplitLse split(lse);
+  const LogProb log_p(lse);
   const F w = set1(weight), q = set1(share);
   double own = 0;
   const bool here = target >= 0 && target < codes;
   if (here) own = expm1((double)x[target] - lse) + ((double)smoothing - share);
-  for (int j = 0; j < columns; j += kWidth) store(x + j, w * (exp_of(split.below(load(x + j))) - q));
+  for (int j = 0; j < columns; j += kWidth) store(x + j, w * (exp_of(log_p.of(load(x + j))) - q));
   if (here) x[target] = (float)(weight * own);
 }
 

@@ -221,11 +221,17 @@ void merge_row(const ForwardContext& c, int64_t r) {
   }
 }
 
-// y - lse for a float64 lse, without losing what float32 can hold of the difference.
-struct SplitLse {
-  F high, low;
-  explicit SplitLse(double lse) : high(set1((float)lse)), low(set1((float)(lse - (double)(float)lse))) {}
-  IBQ_INLINE F below(F y) const { return (y - high) - low; }
+// log p = x / tau - lse for a float64 lse, without losing what float32 can hold of the difference: x is taken
+// relative to the float32 logit `high` nearest to tau lse first, so no large x / tau is ever rounded.
+struct LogProb {
+  F high, low, inverse_tau;
+  explicit LogProb(double lse, float inverse = 1.0f) {
+    const float h = (float)(lse / inverse);
+    high = set1(h);
+    low = set1((float)(lse - (double)h * inverse));
+    inverse_tau = set1(inverse);
+  }
+  IBQ_INLINE F of(F x) const { return (x - high) * inverse_tau - low; }
 };
 
 // Whether any of the task's tiles of a block of codes is live.
@@ -243,7 +249,7 @@ void mean_prob_task(const ForwardContext& c, int task) {
   float* packed = c.scratch + c.scratch_stride * task;
   float* bias = packed + kBlock * words<kPairs>(plan.d);
   float* logits = bias + kBlock;
-  const F inverse_tau = set1(1.0f / c.out.temperature);
+  const float inverse_tau = 1.0f / c.out.temperature;
   const float gap = negligible_gap(c.problem);
   for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
     if (!any_live(c, range, 1, code0, gap)) continue;
@@ -257,11 +263,11 @@ void mean_prob_task(const ForwardContext& c, int task) {
                           c.problem.scale, bias, logits);
       float tile[kBlock] = {};
       for (int i = 0; i < kMR && r + i < c.chunk_rows; ++i) {
-        const SplitLse lse(c.out.lse_tau[c.row + r + i]);
+        const LogProb log_p(c.out.lse_tau[c.row + r + i], inverse_tau);
         const float* x = logits + i * kBlock;
-        if (negligible(lane_maxima(x, columns) * inverse_tau, lse.high[0], gap)) continue;
+        if (negligible(lane_maxima(x, columns), log_p.high[0], gap * c.out.temperature)) continue;
         for (int j = 0; j < columns; j += kWidth)
-          store(tile + j, load(tile + j) + exp_of(lse.below(load(x + j) * inverse_tau)));
+          store(tile + j, load(tile + j) + exp_of(log_p.of(load(x + j))));
       }
       for (int j = 0; j < columns; j += kWidth) {
         const F old = load(sums + j), term = load(tile + j) + load(lost + j), sum = old + term;
@@ -339,8 +345,8 @@ void readout_task(const ForwardContext& c, int task) {
                           c.problem.scale, bias, logits);
       for (int i = 0; i < kMR; ++i) {
         float* x = logits + i * kBlock;
-        const SplitLse lse(r + i < c.chunk_rows ? c.out.lse[c.row + r + i] : 0.0);
-        for (int j = 0; j < columns; j += kWidth) store(x + j, exp_of(lse.below(load(x + j))));
+        const LogProb log_p(r + i < c.chunk_rows ? c.out.lse[c.row + r + i] : 0.0);
+        for (int j = 0; j < columns; j += kWidth) store(x + j, exp_of(log_p.of(load(x + j))));
       }
       combine_tile<kPairs>(logits, block.rows, block.codes, plan.padded, ones, readout + r * plan.padded);
     }
