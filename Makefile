@@ -53,7 +53,7 @@ cuda-check: build  ## Compile the CUDA kernels for sm_80, sm_90a and sm_100a and
 pytest: build
 	$(PY) -m pytest -q --durations=15
 
-bench: build  ## Measure everything against its peers (some 12 minutes): docs/benchmarks.md
+bench: build  ## Measure everything against its peers (long: the largest sizes take minutes each): docs/benchmarks.md
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench]'
 	$(PY) -m bench.report $(BENCH)
 

@@ -1,6 +1,6 @@
 """``python -m bench.report``: measure, append to the CSV, redraw plots and docs/benchmarks.md.
 
-A full run takes some 12 minutes on two cores and is what ``bench/results/results.csv`` and the page are made
+A full run is long (the largest sizes take minutes each) and is what ``bench/results/results.csv`` and the page are made
 of. ``--quick`` (two minutes) and ``--sizes tiny`` do the same into ``build/bench/<sizes>/``.
 """
 
