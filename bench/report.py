@@ -1,7 +1,7 @@
 """``python -m bench.report``: measure, append to the CSV, redraw plots and docs/benchmarks.md.
 
-A full run is long (the largest sizes take minutes each) and is what ``bench/results/results.csv`` and the page are made
-of. ``--quick`` (two minutes) and ``--sizes tiny`` do the same into ``build/bench/<sizes>/``.
+A full run is long (its largest sizes take minutes each); ``bench/results/results.csv`` and the page are made
+of such runs. ``--quick`` and ``--sizes tiny`` do the same with less into ``build/bench/<sizes>/``.
 """
 
 from __future__ import annotations
