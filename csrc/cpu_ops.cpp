@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "csrc/arguments.h"
+#include "csrc/skip_tolerance.h"
 #include "kernels/cpu/codebook.h"
 #include "kernels/cpu/cross_entropy_api.h"
 #include "kernels/cpu/kept_memory.h"
@@ -60,6 +61,7 @@ struct Operands {
     problem.k = codebook.size(0);
     problem.d = codebook.size(1);
     problem.scale = static_cast<float>(scale);
+    problem.dropped_mass = skip_tolerance.load();
   }
 };
 
@@ -259,6 +261,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     out.mean_prob = data<float>(mean_prob);
     out.lse_tau = data<double>(lse_tau);
     out.tile_bound = tiles > 0 ? data<float>(tile_bound) : nullptr;
+    // without skipping no bounds are kept; zeros say that every tile may matter, should a backward ask
+    if (in.problem.dropped_mass == 0) torch::stable::zero_(tile_bound);
     check_memory(kernels().forward(in.problem, out, torch_parallel()));
     gather_twice(in, indices, z_q, codes);
   } else {

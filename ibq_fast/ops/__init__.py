@@ -18,6 +18,7 @@ from ibq_fast.ops.index_backprop import IndexBackpropResult, index_backprop
 from ibq_fast.ops.native import release_memory
 from ibq_fast.ops.search import SearchResult, codebook_search
 from ibq_fast.ops.select import SelectResult, straight_through_select
+from ibq_fast.ops.skipping import set_skip_tolerance, skip_tolerance
 
 __all__ = [
     "Backend",
@@ -35,5 +36,7 @@ __all__ = [
     "linear_cross_entropy",
     "release_memory",
     "set_backend",
+    "set_skip_tolerance",
+    "skip_tolerance",
     "straight_through_select",
 ]
