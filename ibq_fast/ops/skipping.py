@@ -21,7 +21,7 @@ _tolerance = DEFAULT
 def set_skip_tolerance(tolerance: float | None) -> None:
     """Set it for this process, from 0 (skip nothing) to 0.01; None restores the default.
 
-    Raises ValueError for anything else. The environment variable IBQ_FAST_SKIP_TOLERANCE sets the first value.
+    Raises ValueError for anything else. IBQ_FAST_SKIP_TOLERANCE in the environment sets the first value.
     """
     global _tolerance
     value = DEFAULT if tolerance is None else float(tolerance)
