@@ -339,17 +339,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(Tensor grad_los
   check_shape(lse, "lse", {n}, ScalarType::Double);
   grad_loss = torch::stable::contiguous(grad_loss);
   lse = torch::stable::contiguous(lse);
-  Tensor grad_hidden = new_of(hidden, {n, d}, ScalarType::Float);
-  Tensor grad_head = new_of(hidden, {k, d}, ScalarType::Float);
+  Tensor grad_hidden = new_of(hidden, {n, d}, hidden.scalar_type());
+  Tensor grad_head = new_of(hidden, {k, d}, hidden.scalar_type());
   Tensor grad_bias = new_of(hidden, {in.bias ? k : 0}, ScalarType::Float);
   args.grad_loss = static_cast<const float*>(grad_loss.const_data_ptr());
   args.lse = static_cast<const double*>(lse.const_data_ptr());
-  args.grad_hidden = data<float>(grad_hidden);
-  args.grad_head = data<float>(grad_head);
+  args.grad_hidden = grad_hidden.mutable_data_ptr();
+  args.grad_head = grad_head.mutable_data_ptr();
   args.grad_bias = in.bias ? data<float>(grad_bias) : nullptr;
   check_memory(kernels().cross_entropy_backward(in.problem, args, torch_parallel()));
-  return {torch::stable::to(grad_hidden, hidden.scalar_type()),
-          torch::stable::to(grad_head, hidden.scalar_type()), grad_bias};
+  return {grad_hidden, grad_head, grad_bias};
 }
 
 Tensor code_histogram(Tensor indices, int64_t codebook_size) {
