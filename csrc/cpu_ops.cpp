@@ -4,6 +4,7 @@
 #include "csrc/arguments.h"
 #include "kernels/cpu/codebook.h"
 #include "kernels/cpu/cross_entropy_api.h"
+#include "kernels/cpu/kept_memory.h"
 
 namespace ibq {
 namespace {
@@ -69,6 +70,16 @@ T* data(const Tensor& t) {
 
 void check_memory(bool ok) { STD_TORCH_CHECK(ok, "ibq_fast: not enough memory for the kernel's workspace"); }
 
+// Uninitialised [rows, columns] from kept memory: for gradients as large as a codebook.
+Tensor large_empty(int64_t rows, int64_t columns, ScalarType dtype) {
+  const int64_t bytes = rows * columns * static_cast<int64_t>(dtype == ScalarType::Float ? 4 : 2);
+  void* memory = cpu::take_memory(bytes);
+  STD_TORCH_CHECK(memory != nullptr, "ibq_fast: not enough memory for a gradient of ", bytes, " bytes");
+  return torch::stable::from_blob(memory, {rows, columns}, {columns, 1},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
+                                  [bytes](void* p) { cpu::return_memory(p, bytes); });
+}
+
 std::tuple<Tensor, Tensor, Tensor> codebook_search(Tensor z, Tensor codebook, std::optional<Tensor> bias,
                                                    double scale, bool with_lse, bool exact) {
   const Operands in(z, codebook, bias, scale);
@@ -119,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> straight_through_select(Tenso
 std::tuple<Tensor, Tensor, Tensor> gradients(const Operands& in, cpu::Backward& args) {
   const int64_t n = in.problem.n, k = in.problem.k, d = in.problem.d;
   Tensor grad_z = new_of(in.z, {n, d}, ScalarType::Float);
-  Tensor grad_codebook = new_of(in.z, {k, d}, ScalarType::Float);
+  Tensor grad_codebook = large_empty(k, d, ScalarType::Float);
   Tensor grad_bias = new_of(in.z, {in.bias ? k : 0}, ScalarType::Float);
   if (n > 0) {
     args.grad_z = data<float>(grad_z);
@@ -340,7 +351,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(Tensor grad_los
   grad_loss = torch::stable::contiguous(grad_loss);
   lse = torch::stable::contiguous(lse);
   Tensor grad_hidden = new_of(hidden, {n, d}, hidden.scalar_type());
-  Tensor grad_head = new_of(hidden, {k, d}, hidden.scalar_type());
+  Tensor grad_head = large_empty(k, d, hidden.scalar_type());
   Tensor grad_bias = new_of(hidden, {in.bias ? k : 0}, ScalarType::Float);
   args.grad_loss = static_cast<const float*>(grad_loss.const_data_ptr());
   args.lse = static_cast<const double*>(lse.const_data_ptr());

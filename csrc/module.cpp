@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include "kernels/cpu/codebook.h"
+#include "kernels/cpu/kept_memory.h"
 
 namespace {
 
@@ -36,7 +37,14 @@ PyObject* tile_shape(PyObject*, PyObject*) {
   return Py_BuildValue("iii", kernels->tile_rows, kernels->block_codes, kernels->bounded_from);
 }
 
+// release_memory(): frees what CPU ops keep for their next large output; returns its bytes.
+PyObject* release_memory(PyObject*, PyObject*) {
+  return PyLong_FromLongLong(ibq::cpu::release_kept_memory());
+}
+
 PyMethodDef methods[] = {
+    {"release_memory", release_memory, METH_NOARGS,
+     "Free the memory that CPU ops keep for their next large output; returns its bytes."},
     {"cpu_isa", cpu_isa, METH_NOARGS,
      "Name of the CPU instruction set in use, or None if the forced one is absent."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "Names of the CPU instruction sets available here, best first."},
