@@ -7,6 +7,9 @@
 // already rounded at 2^-24. With smoothing q is nowhere 0 and nothing is left out.
 //
 // The target's own entry, P - 1, is formed by expm1 in float64: a row that is nearly right keeps its digits.
+//
+// Gradients are added up in float32 and leave in the operands' dtype, a block of dW as soon as it has met all
+// rows: bfloat16 needs no float32 [K, C] unless there are several chunks of rows.
 #pragma once
 
 struct CrossEntropyContext {
@@ -23,7 +26,8 @@ struct CrossEntropyContext {
   // forward, [code_tasks][chunk]; target_logit [chunk]
   float *ref = nullptr, *sum = nullptr, *target_logit = nullptr;
   double* logit_sum = nullptr;
-  // backward: rows in strips [strips][chunk][kNR]; grad_rows of each code task; grad_codes as in backward.h
+  // backward: rows in strips [strips][words(chunk)][kNR]; grad_rows of each code task; grad_codes
+  // [row_tasks][k][d] where parts of dW are added up before they go to the output, else null
   float *row_strips = nullptr, *grad_rows = nullptr, *grad_codes = nullptr, *grad_bias = nullptr;
 
   int64_t target(int64_t r) const { return in.targets[active[row + r]]; }

@@ -10,8 +10,8 @@
 // Each product then reads 4 to 11 bytes a cycle from L2 and below 2 from L3, so that group and block need not
 // fit L2 together. One thread of a core that can do 239 GFLOP/s, d = 1024: 200 to 215 in each of the three.
 // Tried and lost: cutting the depth of group_logits in slices that leave a panel in L1 (202 against 212);
-// groups of 8 and 16 tiles (3 and 2 % in the backward); 86 tiles were no faster than 32; rows outside panels in
-// group_logits, and transparent huge pages for workspace and outputs: within the noise.
+// groups of 8 and 16 tiles (3 and 2 % in the backward); 86 tiles were no faster than 32; the
+// loop over rows outside the one over panels in group_logits: no difference.
 //
 // bfloat16 multiplies pairs (tile.h) where the CPU does: the depth is in words of two terms, of the dimension
 // in S, of codes in dRows, of rows in dCodes; dS is rounded to bfloat16 once for each of the last two.
