@@ -23,8 +23,9 @@ struct CrossEntropyContext {
   float* tiles = nullptr;    // packed rows of the chunk
   float* scratch = nullptr;  // per task
   int64_t scratch_stride = 0;
-  // forward, [code_tasks][chunk]; target_logit [chunk]
-  float *ref = nullptr, *sum = nullptr, *target_logit = nullptr;
+  // forward, [code_tasks][chunk], sums a vector each; target_logit [chunk]. Thousands of blocks add up to
+  // `sum`: what rounding added to it too much is carried in `excess`.
+  float *ref = nullptr, *sum = nullptr, *excess = nullptr, *target_logit = nullptr;
   double* logit_sum = nullptr;
   // backward: rows in strips [strips][words(chunk)][kNR]; grad_rows of each code task; grad_codes
   // [row_tasks][k][d] where parts of dW are added up before they go to the output, else null
@@ -65,6 +66,7 @@ void cross_entropy_forward_task(const CrossEntropyContext& c, int task) {
   for (int64_t at = base + range.row0; at < base + range.row1; ++at) {
     c.ref[at] = -__builtin_inff();
     store(c.sum + at * kWidth, F{});
+    store(c.excess + at * kWidth, F{});
     if (kSmooth) c.logit_sum[at] = 0;
   }
   for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
@@ -82,10 +84,13 @@ void cross_entropy_forward_task(const CrossEntropyContext& c, int task) {
         if (kSmooth) c.logit_sum[at] += sum_of_logits(x, block.codes);
         const F maxima = lane_maxima(x, columns);
         if (negligible(maxima, c.ref[at], gap)) continue;
-        F sum = load(c.sum + at * kWidth) * set1(exp_scalar(-raise_reference(maxima, c.ref + at)));
-        const F ref = set1(c.ref[at]);
-        for (int j = 0; j < columns; j += kWidth) sum += exp_of(load(x + j) - ref);
-        store(c.sum + at * kWidth, sum);
+        const F growth = set1(exp_scalar(-raise_reference(maxima, c.ref + at)));
+        const F sum = load(c.sum + at * kWidth) * growth, ref = set1(c.ref[at]);
+        F part = load(c.excess + at * kWidth) * -growth;
+        for (int j = 0; j < columns; j += kWidth) part += exp_of(load(x + j) - ref);
+        const F total = sum + part;
+        store(c.excess + at * kWidth, (total - sum) - part);
+        store(c.sum + at * kWidth, total);
       }
     }
   }
@@ -101,7 +106,9 @@ inline void merge_cross_entropy(const CrossEntropyContext& c, const CrossEntropy
   double sum = 0, logits = 0;
   for (int t = 0; t < c.plan.code_tasks; ++t) {
     const int64_t at = (int64_t)t * c.plan.chunk + r;
-    sum += horizontal_sum(load(c.sum + at * kWidth)) * exp((double)c.ref[at] - ref);
+    const double own =
+        horizontal_sum(load(c.sum + at * kWidth)) - horizontal_sum(load(c.excess + at * kWidth));
+    sum += own * exp((double)c.ref[at] - ref);
     if (c.logit_sum) logits += c.logit_sum[at];
   }
   const double log_sum = log(sum), e = c.in.label_smoothing;
@@ -272,6 +279,7 @@ bool run_cross_entropy_forward(const Problem& p, const CrossEntropyForward& out,
   workspace.add(&c.scratch, c.scratch_stride * plan.tasks());
   workspace.add(&c.ref, states);
   workspace.add(&c.sum, states * kWidth);
+  workspace.add(&c.excess, states * kWidth);
   workspace.add(&c.target_logit, plan.chunk);
   if (smooth) workspace.add(&c.logit_sum, states);
   if (!workspace.allocate()) return false;
