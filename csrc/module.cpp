@@ -2,6 +2,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "csrc/cupy_module.h"
 #include "kernels/cpu/codebook.h"
 
 namespace {
@@ -42,6 +43,8 @@ PyMethodDef methods[] = {
     {"cpu_isas", cpu_isas, METH_NOARGS, "Names of the CPU instruction sets available here, best first."},
     {"tile_shape", tile_shape, METH_NOARGS,
      "Rows, codes and smallest codebook of the CPU kernels' tile bounds."},
+    {"set_cupy_launcher", ibq::cupy::set_launcher, METH_O,
+     "Sets the object that makes the launches of namespace ibq_fast_cupy; returns the one before."},
     {"has_cuda", has_cuda, METH_NOARGS, "Whether CUDA kernels are linked in."},
     {nullptr, nullptr, 0, nullptr},
 };

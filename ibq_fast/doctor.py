@@ -18,6 +18,7 @@ _PACKAGES = (
     "numpy",
     "pillow",
     "triton",
+    "cupy-cuda13x",
     "lpips",
     "torch-npu",
 )
@@ -29,6 +30,7 @@ def report() -> str:
         ("versions", _versions),
         ("compiled extension", _extension),
         ("devices", _devices),
+        ("GPU kernels shown to be right by committed results", _proven),
         ("backends", _backends),
     )
     lines: list[str] = []
@@ -99,6 +101,19 @@ def _devices() -> Iterator[str]:
         npu = getattr(torch, "npu", None)
         count = npu.device_count() if npu is not None and npu.is_available() else 0
         yield f"NPU             {count} devices"
+
+
+def _proven() -> Iterator[str]:
+    from ibq_fast.ops import proof
+
+    found: dict[tuple[str, str, bool], list[str]] = {}
+    for check in proof.committed().values():
+        key = check.architecture, check.backend, check.passed
+        found.setdefault(key, []).append(f"{check.op} ({check.dtype})")
+    for (architecture, backend, passed), subjects in sorted(found.items()):
+        yield f"{architecture:6} {backend:10} {'' if passed else 'failed: '}{', '.join(subjects)}"
+    if not found:
+        yield "none: no GPU kernel is chosen unless it is asked for"
 
 
 def _backends() -> Iterator[str]:

@@ -1,7 +1,7 @@
 """One definition of an operator, registered in every namespace that offers it.
 
-``ibq_fast`` is defined by the C++ extension, ``ibq_fast_composite`` here. Both carry the same schemas, and
-both get the same shape function and the same derivative, so that they differ in arithmetic only.
+``ibq_fast`` is defined by the C++ extension, ``ibq_fast_composite`` and ``ibq_fast_cupy`` here. All carry the
+same schemas, and get the same shape function and the same derivative, so that they differ in arithmetic only.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from ibq_fast.ops import native
+from ibq_fast.ops import cupy, native
 
 COMPOSITE_NAMESPACE = "ibq_fast_composite"
 _composite_library = torch.library.Library(COMPOSITE_NAMESPACE, "DEF")
+_cupy_library = torch.library.Library(cupy.NAMESPACE, "DEF")
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,15 @@ class Operator:
 
 
 def register(operator: Operator) -> None:
-    """Define ``operator`` in the composite namespace, and complete it in the native one where loaded."""
+    """Define ``operator`` in Python's namespaces, and complete it in every one that computes it."""
     _composite_library.define(operator.name + operator.arguments)
     _composite_library.impl(operator.name, _without_autocast(operator.composite), "CompositeExplicitAutograd")
     _complete(COMPOSITE_NAMESPACE, operator)
     if native.registered(operator.name):
         _complete(native.NAMESPACE, operator)
+    _cupy_library.define(operator.name + operator.arguments)
+    if cupy.registered(operator.name):
+        _complete(cupy.NAMESPACE, operator)
 
 
 def overload(namespace: str, name: str) -> torch._ops.OpOverload:

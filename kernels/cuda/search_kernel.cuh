@@ -44,19 +44,6 @@
 
 namespace ibq::cuda {
 
-struct SearchArguments {
-  const unsigned char* z;
-  const unsigned char* codebook;
-  const float* bias;  // null: none
-  float scale;
-  int64_t N, K, row_bytes;
-  int access;  // 16, 4 or 2: the widest load, in bytes, that every row of z and codebook is aligned for
-  SearchPlan plan;
-  float* split_max;      // [splits, N]
-  int32_t* split_index;  // [splits, N]
-  float* split_sum;      // [splits, N], with lse
-};
-
 namespace search {
 
 constexpr int kRowSlots = 2 * kWarpRowFragments;
@@ -250,8 +237,6 @@ codebook_search_kernel(const SearchArguments args) {
   }
   write_split<kWithLse>(rows, args, row_tile, plan.schedule.split(blockIdx.x));
 }
-
-constexpr int kFinishThreads = 256;
 
 // Joins the splits of each row and writes the results. Grid: ceil(N / kFinishThreads) blocks.
 template <bool kWithLse>

@@ -8,8 +8,6 @@
 
 namespace ibq::cuda {
 
-enum class Element : int { f32 = 0, bf16 = 1, f16 = 2 };
-
 namespace search {
 
 constexpr int kWarpRowFragments = 4;  // × 16 rows
