@@ -7,7 +7,9 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator
-from importlib import metadata, util
+from importlib import metadata
+
+from ibq_fast import npu
 
 _PACKAGES = (
     "torch",
@@ -95,12 +97,13 @@ def _devices() -> Iterator[str]:
         yield "CUDA            no device, though this torch is built for one"
     else:
         yield "CUDA            none: this torch is built for the CPU alone"
-    if util.find_spec("torch_npu") is None:
-        yield "NPU             none: torch-npu is not installed"
+    reason = npu.unavailable()
+    if reason is None:
+        module = torch.get_device_module("npu")
+        for i in range(module.device_count()):
+            yield f"npu:{i}           {module.get_device_name(i)}"
     else:
-        npu = getattr(torch, "npu", None)
-        count = npu.device_count() if npu is not None and npu.is_available() else 0
-        yield f"NPU             {count} devices"
+        yield f"NPU             none: {reason}"
 
 
 def _proven() -> Iterator[str]:

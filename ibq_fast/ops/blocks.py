@@ -13,9 +13,10 @@ from torch import Tensor
 
 # Elements of one rows × codes block by device type. On a CPU the elementwise passes over a block should find
 # it in the cache; elsewhere launch overhead asks for larger blocks. A backward holds about four blocks.
-BLOCK_ELEMENTS = {"cpu": 1 << 17}
+# An NPU (32 or 64 GiB) gets twice a GPU's block, 128 MiB in float32, since its launches cost more; a guess.
+BLOCK_ELEMENTS = {"cpu": 1 << 17, "npu": 1 << 25}
 DEFAULT_BLOCK_ELEMENTS = 1 << 24
-BLOCK_ROWS = {"cpu": 128}
+BLOCK_ROWS = {"cpu": 128, "npu": 4096}
 DEFAULT_BLOCK_ROWS = 4096
 
 # exp(-FAR) is 0 in float32 and float64 alike: differences of logits are cut there, so that a logit of minus
