@@ -5,7 +5,7 @@
 
 namespace ibq::cupy {
 
-// set_cupy_launcher(launcher): the object whose limits, zero and launch serve the ops of ibq_fast_cupy, or
+// set_cupy_launcher(launcher): the object whose limits, fill and launch serve the ops of ibq_fast_cupy, or
 // None; returns the one before.
 PyObject* set_launcher(PyObject* module, PyObject* launcher);
 

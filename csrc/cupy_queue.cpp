@@ -59,11 +59,11 @@ int launcher_limits(cuda::DeviceLimits* limits) {
   return cuda::kSuccess;
 }
 
-int launcher_zero(void* memory, int64_t bytes) {
+int launcher_fill(void* at, int byte, int64_t bytes) {
   const Gil gil;
   if (missing()) return kLauncherFailed;
-  PyObject* done = PyObject_CallMethod(launcher, "zero", "iKL", static_cast<int>(current_device),
-                                       static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(memory)),
+  PyObject* done = PyObject_CallMethod(launcher, "fill", "iKiL", static_cast<int>(current_device),
+                                       static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(at)), byte,
                                        static_cast<long long>(bytes));
   Py_XDECREF(done);
   return done != nullptr ? cuda::kSuccess : failed();

@@ -22,7 +22,7 @@ struct Argument {
 };
 
 int launcher_limits(cuda::DeviceLimits* limits);
-int launcher_zero(void* memory, int64_t bytes);
+int launcher_fill(void* at, int byte, int64_t bytes);
 int launcher_launch(const char* source, const char* name, const cuda::Grid& grid, const Argument* arguments,
                     size_t count);
 const char* error_text();
@@ -30,7 +30,7 @@ const char* error_text();
 class CupyQueue {
  public:
   int limits(cuda::DeviceLimits* limits) const { return launcher_limits(limits); }
-  int zero(void* memory, int64_t bytes) const { return launcher_zero(memory, bytes); }
+  int fill(void* at, int byte, int64_t bytes) const { return launcher_fill(at, byte, bytes); }
 
   template <typename Tag, typename... Given>
   int launch(Tag, const cuda::Grid& grid, const Given&... given) const {
@@ -40,7 +40,7 @@ class CupyQueue {
  private:
   // Arguments become the kernel's parameters first, as the compiler would do it in a launch.
   template <typename... Parameters, typename... Given>
-  static int launch_as(void (*)(Parameters...), const char* source, const cuda::KernelName& name,
+  static int launch_as(void (*)(Parameters...), const char* source, const cuda::KernelExpression& name,
                        const cuda::Grid& grid, const Given&... given) {
     static_assert(sizeof...(Parameters) == sizeof...(Given), "a launch gives every parameter of its kernel");
     const std::tuple<Parameters...> parameters(given...);

@@ -27,8 +27,8 @@ class CudaQueue {
     return error;
   }
 
-  int zero(void* memory, int64_t bytes) const {
-    return cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream_);
+  int fill(void* at, int byte, int64_t bytes) const {
+    return cudaMemsetAsync(at, byte, static_cast<size_t>(bytes), stream_);
   }
 
   template <typename Tag, typename... Arguments>

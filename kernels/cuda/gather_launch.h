@@ -12,10 +12,10 @@ template <typename Word>
 struct GatherKernel {
   using Function = void (*)(const Word*, const int64_t*, int64_t, int64_t, int64_t, Word*, Word*);
   static constexpr const char* kSource = "gather_kernel.cuh";
-  static KernelName name() {
+  static KernelExpression name() {
     const char* word =
         sizeof(Word) == 16 ? "ibq::cuda::Word16" : (sizeof(Word) == 4 ? "unsigned int" : "unsigned short");
-    return KernelName("gather_codes_kernel").with(word);
+    return KernelExpression("gather_codes_kernel").with(word);
   }
 };
 

@@ -6,12 +6,12 @@
 //
 // A queue has
 //   int limits(DeviceLimits*)                   what plans depend on
-//   int zero(void* memory, int64_t bytes)       sets device memory to zero
+//   int fill(void* at, int byte, int64_t bytes)  sets device memory
 //   int launch(Tag, Grid, arguments...)         starts the tag's kernel
 // and each returns 0 or a cudaError_t as int. A tag is an empty struct with
 //   Function        the kernel's pointer type; arguments are converted to its parameters
 //   kSource         the file under kernels/cuda that defines the kernel
-//   static KernelName name()
+//   static KernelExpression name()
 #pragma once
 
 #include <cstdint>
@@ -33,19 +33,21 @@ struct Grid {
   int64_t shared_bytes;
 };
 
-// The C++ name of a kernel, as NVRTC resolves it: KernelName("f").with(Element::bf16).with(true) is
+// The C++ name of a kernel, as NVRTC resolves it: KernelExpression("f").with(Element::bf16).with(true) is
 // "ibq::cuda::f<ibq::cuda::Element(1),true>".
-class KernelName {
+class KernelExpression {
  public:
-  explicit KernelName(const char* function) { std::snprintf(text_, sizeof text_, "ibq::cuda::%s", function); }
-  KernelName with(Element element) const {
+  explicit KernelExpression(const char* function) {
+    std::snprintf(text_, sizeof text_, "ibq::cuda::%s", function);
+  }
+  KernelExpression with(Element element) const {
     char argument[32];
     std::snprintf(argument, sizeof argument, "ibq::cuda::Element(%d)", static_cast<int>(element));
     return with(argument);
   }
-  KernelName with(bool flag) const { return with(flag ? "true" : "false"); }
-  KernelName with(const char* argument) const {
-    KernelName longer(*this);
+  KernelExpression with(bool flag) const { return with(flag ? "true" : "false"); }
+  KernelExpression with(const char* argument) const {
+    KernelExpression longer(*this);
     size_t end = std::strlen(text_);
     const bool first = end == 0 || text_[end - 1] != '>';
     if (!first) --end;  // the closing bracket moves behind the new argument

@@ -11,14 +11,16 @@ template <Element kElement, bool kWithLse>
 struct SearchKernel {
   using Function = void (*)(SearchArguments);
   static constexpr const char* kSource = "search_kernel.cuh";
-  static KernelName name() { return KernelName("codebook_search_kernel").with(kElement).with(kWithLse); }
+  static KernelExpression name() {
+    return KernelExpression("codebook_search_kernel").with(kElement).with(kWithLse);
+  }
 };
 
 template <bool kWithLse>
 struct SearchFinishKernel {
   using Function = void (*)(SearchArguments, int64_t*, float*, float*);
   static constexpr const char* kSource = "search_kernel.cuh";
-  static KernelName name() { return KernelName("codebook_search_finish_kernel").with(kWithLse); }
+  static KernelExpression name() { return KernelExpression("codebook_search_finish_kernel").with(kWithLse); }
 };
 
 inline bool known_dtype(ibq_dtype dtype) { return dtype == IBQ_F32 || dtype == IBQ_BF16 || dtype == IBQ_F16; }

@@ -47,8 +47,8 @@ struct EmulatorQueue {
     *limits = device;
     return kSuccess;
   }
-  int zero(void* memory, int64_t bytes) const {
-    std::memset(memory, 0, static_cast<size_t>(bytes));
+  int fill(void* at, int byte, int64_t bytes) const {
+    std::memset(at, byte, static_cast<size_t>(bytes));
     return kSuccess;
   }
   template <typename Tag, typename... Arguments>
@@ -61,8 +61,8 @@ struct EmulatorQueue {
 };
 
 void test_names() {
-  CHECK(std::string(KernelName("f").text()) == "ibq::cuda::f", "no arguments");
-  const KernelName longest = KernelName("f").with(Element::bf16).with(true).with("int");
+  CHECK(std::string(KernelExpression("f").text()) == "ibq::cuda::f", "no arguments");
+  const KernelExpression longest = KernelExpression("f").with(Element::bf16).with(true).with("int");
   CHECK(std::string(longest.text()) == "ibq::cuda::f<ibq::cuda::Element(1),true,int>", "%s", longest.text());
 }
 

@@ -86,7 +86,7 @@ def test_order_of_choices(monkeypatch) -> None:
 
 @pytest.mark.parametrize("force", [ops.set_backend, lambda name: ops.code_histogram(_INDEX, 2, backend=name)])
 def test_an_unknown_choice_is_refused(force) -> None:
-    with pytest.raises(ValueError, match="backend: expected one of native, cupy, composite, got 'cudnn'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of native, .*, got 'cudnn'"):
         force("cudnn")
 
 
@@ -116,7 +116,7 @@ def test_environment_variable(monkeypatch) -> None:
     )
     assert done.stdout.split() == ["ibq_fast_composite"]
     monkeypatch.setattr(backends, "_forced_by_environment", "cudnn")
-    with pytest.raises(ValueError, match="expected one of native, cupy, composite, got 'cudnn'"):
+    with pytest.raises(ValueError, match=r"expected one of native, .*, got 'cudnn'"):
         ops.codebook_search(torch.zeros(1, 2), torch.zeros(3, 2))
 
 

@@ -35,13 +35,13 @@ class StandIn:
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
-        self.zeroed: list[tuple[int, int]] = []
+        self.filled: list[tuple[int, int, int]] = []
 
     def limits(self, device: int) -> tuple[int, int, int]:
         return H100
 
-    def zero(self, device: int, address: int, size: int) -> None:
-        self.zeroed.append((address, size))
+    def fill(self, device: int, address: int, byte: int, size: int) -> None:
+        self.filled.append((address, byte, size))
 
     def launch(self, device: int, *what) -> None:
         self.launches.append(Launch(*what))
@@ -146,7 +146,7 @@ def test_histogram_zeroes_and_counts(stand_in, k, kernel) -> None:
     indices = torch.randint(k, (5000,))
     counts = torch.ops.ibq_fast_cupy.code_histogram(indices, k)
     assert counts.shape == (k,)
-    assert stand_in.zeroed == [(counts.data_ptr(), 8 * k)]
+    assert stand_in.filled == [(counts.data_ptr(), 0, 8 * k)]
     (launch,) = stand_in.launches
     assert launch.name == f"ibq::cuda::histogram_{kernel}_kernel"
     assert (launch.blocks, launch.threads) == (-(-5000 // 4096), 512)

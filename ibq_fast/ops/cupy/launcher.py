@@ -1,4 +1,4 @@
-"""What the extension's CuPy queue calls: device limits, memory set to zero, kernels launched.
+"""What the extension's CuPy queue calls: device limits, memory filled, kernels launched.
 
 Everything goes to torch's current stream of the device at the time of the call. A kernel is compiled and
 loaded at its first launch on a device, so a CUDA graph is captured after a call outside of it, as PyTorch
@@ -26,11 +26,11 @@ class Launcher:
         """Multiprocessors, bytes of shared memory of each, and the most that one block may have."""
         return _limits(_checked(device))
 
-    def zero(self, device: int, address: int, size: int) -> None:
-        """Set ``size`` bytes at ``address`` to zero."""
+    def fill(self, device: int, address: int, byte: int, size: int) -> None:
+        """Set ``size`` bytes at ``address`` to ``byte``."""
         cupy = _cupy()
         with cupy.cuda.Device(_checked(device)):
-            cupy.cuda.runtime.memsetAsync(address, 0, size, _stream(device))
+            cupy.cuda.runtime.memsetAsync(address, byte, size, _stream(device))
 
     def launch(
         self,
