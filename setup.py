@@ -1,7 +1,8 @@
 """Builds the compiled extension through CMake and puts the CUDA sources into the package, where the cupy
 backend finds them; everything else is in pyproject.toml.
 
-``IBQ_FAST_CUDA=auto|on|off`` chooses CUDA kernels (auto: when nvcc is found), ``MAX_JOBS`` the parallelism.
+``IBQ_FAST_CUDA=auto|on|off`` chooses CUDA kernels (auto: when nvcc is found), ``MAX_JOBS`` the parallelism,
+``IBQ_FAST_CUDA_ARCHITECTURES`` what they are compiled for (CMake's list; default 80-real;90a-real;100a-real).
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class CMakeBuild(build_ext):
         ninja = find_tool("ninja")
         if ninja and not (build / "CMakeCache.txt").exists():
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        if architectures := os.environ.get("IBQ_FAST_CUDA_ARCHITECTURES"):
+            configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         for command in (configure, [cmake, "--build", str(build), "--target", "_C", "--parallel", jobs]):
             if subprocess.run(command, cwd=ROOT).returncode:

@@ -20,7 +20,8 @@ from ibq_fast.ops import cupy, native, proof
 from ibq_fast.ops.registration import COMPOSITE_NAMESPACE, overload
 
 ENVIRONMENT_VARIABLE = "IBQ_FAST_BACKEND"
-NAMES = ("native", "cupy", "composite")
+NAMESPACES = {"native": native.NAMESPACE, "cupy": cupy.NAMESPACE, "composite": COMPOSITE_NAMESPACE}
+NAMES = tuple(NAMESPACES)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)

@@ -37,7 +37,7 @@ def results(x, targets, smoothing, operator):
 
 
 def check(x, targets, smoothing, backend, error_ratio, floors) -> None:
-    operator = getattr(torch.ops, NAMESPACES[backend]).linear_cross_entropy
+    operator = getattr(torch.ops, backends.NAMESPACES[backend]).linear_cross_entropy
     ours = results(x, targets, smoothing, operator)
     eager = results(x, targets, smoothing, cross_entropy.reference)
     wide = x.to(torch.float64)
