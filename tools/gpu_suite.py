@@ -5,7 +5,7 @@
 Runs on the Python it is started with and installs nothing. Each stage is a process with a time limit of its
 own, whose output goes to DIR/<stage>.log; a stage that fails or is stopped keeps what it has written and does
 not keep the next from running. What was measured is appended, figure by figure, to bench/results/gpu.csv;
-what was checked to ibq_fast/ops/gpu_checks.csv, from which the backend table learns once it is committed. After
+what was checked to ibq_fast/ops/gpu_checks.csv, from which the backend table learns once committed. After
 a first build the limits together are below six minutes.
 
 --device cpu rehearses: the same stages over the CPU's backends on tiny shapes, results under DIR alone.
