@@ -1,41 +1,18 @@
-// CUDA implementations: tensors in, raw pointers to kernels/cuda on torch's current stream, tensors out. No
-// arithmetic here, and no CUDA header: the kernels' C surface has none. Linked only where torch has CUDA;
-// cupy_ops.cpp includes this file to make the same ops with launches of CuPy's. UNRUN ON A GPU.
-#include "csrc/arguments.h"
-#include "csrc/on_device.h"
-#include "kernels/cuda/ibq_cuda.h"
+// CUDA implementations of search and histogram: tensors in, raw pointers to kernels/cuda on torch's current
+// stream, tensors out. No arithmetic here, and no CUDA header: the kernels' C surface has none. Linked only
+// where torch has CUDA; cupy_ops.cpp includes this file for the same ops with launches of CuPy's. UNRUN ON A
+// GPU.
+#include "csrc/cuda_device.h"
 
 namespace ibq {
 namespace {
-
-ibq_dtype dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return IBQ_F32;
-    case ScalarType::BFloat16:
-      return IBQ_BF16;
-    case ScalarType::Half:
-      return IBQ_F16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
-  }
-}
-
-void check_cuda(int error, const char* what) {
-  STD_TORCH_CHECK(error == 0, "ibq_fast: ", what, " failed: ", ibq_cuda_error_string(error));
-}
-
-void check_device(const Tensor& t, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
-                  ": expected the device of the first argument");
-}
 
 std::tuple<Tensor, Tensor, Tensor> codebook_search(Tensor z, Tensor codebook, std::optional<Tensor> bias,
                                                    double scale, bool with_lse, bool /*exact*/) {
   check_operands(z, codebook, bias);
   check_device(codebook, "codebook", z);
   if (bias) check_device(*bias, "bias", z);
-  const ibq_dtype dtype = dtype_of(z, "z");
+  const ibq_dtype dtype = cuda_dtype_of(z, "z");
   const OnDeviceOf device(z);
   z = torch::stable::contiguous(z);
   codebook = torch::stable::contiguous(codebook);

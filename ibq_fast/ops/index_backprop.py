@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ibq_fast.ops import backends, checks, entropy, native, select
+from ibq_fast.ops import backends, checks, cupy, entropy, native, select
 from ibq_fast.ops.blocks import statistics_dtype
 from ibq_fast.ops.registration import Operator, no_second_derivative, overload, register, save_nothing
 
@@ -128,9 +128,10 @@ def fake(
 ) -> tuple[Tensor, ...]:
     selected = select.fake(namespace, z, codebook, bias, scale)
     statistics = entropy.fake(namespace, z, codebook, bias, scale, temperature)
-    tiles, blocks = (
-        native.tile_grid(z.shape[0], codebook.shape[0]) if namespace == native.NAMESPACE else (0, 0)
-    )
+    tiles, blocks = 0, 0
+    if namespace in (native.NAMESPACE, cupy.NAMESPACE):
+        device = z.device.type if namespace == native.NAMESPACE else "cuda"
+        tiles, blocks = native.tile_grid(z.shape[0], codebook.shape[0], device)
     return *selected, *statistics, z.new_empty((2, tiles, blocks), dtype=torch.float32)
 
 

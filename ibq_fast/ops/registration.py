@@ -63,10 +63,11 @@ def overload(namespace: str, name: str) -> torch._ops.OpOverload:
 def saved_lse_dtype(namespace: str, dtype: torch.dtype) -> torch.dtype:
     """Dtype of a log-sum-exp kept for the backward, given that of z.
 
-    The native kernels keep float64, so that exp(S - lse) stays exact where logits are large; the composite
-    backend has to run on devices without float64, and measures the rounding of lse in the backward instead.
+    The native kernels (and CuPy's, which are the same) keep float64, so that exp(S - lse) stays exact where
+    logits are large; the composite backend has to run on devices without float64, and measures the rounding
+    of lse in the backward instead.
     """
-    if namespace == native.NAMESPACE or dtype == torch.float64:
+    if namespace in (native.NAMESPACE, cupy.NAMESPACE) or dtype == torch.float64:
         return torch.float64
     return torch.float32
 

@@ -26,13 +26,6 @@ struct SearchFinishKernel {
 inline bool known_dtype(ibq_dtype dtype) { return dtype == IBQ_F32 || dtype == IBQ_BF16 || dtype == IBQ_F16; }
 inline int element_bytes(ibq_dtype dtype) { return dtype == IBQ_F32 ? 4 : 2; }
 
-// The widest of 16, 4 and 2 bytes that all rows of both matrices are aligned to.
-inline int widest_access(const void* a, const void* b, int64_t row_bytes) {
-  const auto bits =
-      reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | static_cast<uintptr_t>(row_bytes);
-  return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
-}
-
 inline bool search_sizes_are_valid(int64_t N, int64_t K, int64_t D, ibq_dtype dtype) {
   constexpr int64_t kLargest = int64_t{1} << 31;
   return known_dtype(dtype) && N >= 0 && K >= 1 && K < kLargest - kSearchTileRows && D >= 1 &&
@@ -87,7 +80,8 @@ int launch_search(Queue& queue, const void* z, const void* codebook, const float
   args.N = N;
   args.K = K;
   args.row_bytes = D * element_bytes(dtype);
-  args.access = widest_access(z, codebook, args.row_bytes);
+  args.access = widest_access(reinterpret_cast<uintptr_t>(z) | reinterpret_cast<uintptr_t>(codebook) |
+                              static_cast<uint64_t>(args.row_bytes));
   const int64_t statistics = args.plan.schedule.splits * N;
   args.split_max = static_cast<float*>(workspace);
   args.split_index = reinterpret_cast<int32_t*>(args.split_max + statistics);

@@ -86,6 +86,12 @@ class SearchArguments(ctypes.Structure):
         ("split_max", ctypes.c_void_p),
         ("split_index", ctypes.c_void_p),
         ("split_sum", ctypes.c_void_p),
+        ("inverse_tau", ctypes.c_float),
+        ("split_tempered_sum", ctypes.c_void_p),
+        ("split_tempered_moment", ctypes.c_void_p),
+        ("targets", ctypes.c_void_p),
+        ("target_logit", ctypes.c_void_p),
+        ("split_logits", ctypes.c_void_p),
     ]
 
 
@@ -154,6 +160,64 @@ def test_histogram_zeroes_and_counts(stand_in, k, kernel) -> None:
     assert [integer(a) for a in launch.arguments] == [indices.data_ptr(), 5000, k, counts.data_ptr()]
 
 
+def train(dtype: torch.dtype, codes: int, columns: int) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Every differentiable operator, forward and backward; the values are those of memory never written."""
+    library = torch.ops.ibq_fast_cupy
+    z, codebook, bias = (
+        torch.ones(3, columns).to(dtype),
+        torch.ones(codes, columns).to(dtype),
+        torch.ones(codes),
+    )
+    leaves = [leaf.requires_grad_() for leaf in (z, codebook, bias)]
+    targets = torch.tensor([0, -100, 2])
+    found = {
+        "straight_through_select": library.straight_through_select(*leaves, 0.5),
+        "softmax_statistics": library.softmax_statistics(*leaves, 0.5, 0.1),
+        "index_backprop": library.index_backprop(*leaves, 0.5, 0.3, 0.1),
+        "linear_cross_entropy": library.linear_cross_entropy(*leaves, targets, -100, 0.1),
+    }
+    for outputs in found.values():
+        total = sum(out.float().sum() for out in outputs if out.requires_grad)
+        torch.autograd.grad(total, leaves, allow_unused=True)
+    return found
+
+
+@pytest.mark.parametrize("codes", [90, 9000])
+@pytest.mark.parametrize("dtype", list(ELEMENTS))
+def test_training_operators_launch_and_give_the_shapes_they_promise(stand_in, dtype, codes) -> None:
+    found = train(dtype, codes, 16)
+    names = [launch.name for launch in stand_in.launches]
+    element = f"ibq::cuda::Element({ELEMENTS[dtype]})"
+    for kernel in (
+        f"codebook_search_kernel<{element}, true, ibq::cuda::Extra::entropy>",
+        f"sweep_kernel<{element}, ibq::cuda::Sweep::both>",
+        f"sweep_kernel<{element}, ibq::cuda::Sweep::cross>",
+        f"product_kernel<{element}, true>",
+        "statistics_kernel",
+    ):
+        assert f"ibq::cuda::{kernel}" in names, kernel
+    assert all(launch.blocks > 0 and launch.shared_bytes <= H100[2] for launch in stand_in.launches)
+    with torch.device("meta"):
+        z, codebook, bias = torch.ones(3, 16).to(dtype), torch.ones(codes, 16).to(dtype), torch.ones(codes)
+        promised = torch.ops.ibq_fast_cupy.index_backprop(z, codebook, bias, 0.5, 0.3, 0.1)
+    for real, fake in zip(found["index_backprop"], promised, strict=True):
+        assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
+
+
+def test_a_failed_launch_ends_the_sequence(stand_in, monkeypatch) -> None:
+    seen = []
+
+    def refuse(*what):
+        seen.append(what)
+        raise RuntimeError("out of kernels")
+
+    monkeypatch.setattr(stand_in, "launch", refuse)
+    z = torch.ones(3, 8)
+    with pytest.raises(RuntimeError, match="straight_through_select failed: out of kernels"):
+        torch.ops.ibq_fast_cupy.straight_through_select(z, z, None, 1.0)
+    assert len(seen) == 1
+
+
 def test_what_the_launcher_raises_is_the_ops_error(stand_in, monkeypatch) -> None:
     def refuse(*what):
         raise RuntimeError("out of kernels")
@@ -218,12 +282,14 @@ def nvrtc_is_here() -> bool:
 
 
 def every_kernel(recorder: StandIn) -> dict[str, set[str]]:
-    """Names by source of all kernels that the operators of this backend launch."""
+    """Names by source of all kernels that the operators of this backend launch, forward and backward."""
     for dtype in ELEMENTS:
         for columns in (8, 2, 1):
             z = torch.ones(3, columns).to(dtype)
             for with_lse in (False, True):
                 torch.ops.ibq_fast_cupy.codebook_search(z, z, None, 1.0, with_lse, False)
+            for codes in (3, 9000):
+                train(dtype, codes, columns)
     for k in (10, 20000):
         torch.ops.ibq_fast_cupy.code_histogram(torch.zeros(4, dtype=torch.int64), k)
     found: dict[str, set[str]] = {}
@@ -234,6 +300,7 @@ def every_kernel(recorder: StandIn) -> dict[str, set[str]]:
 
 if nvrtc_is_here():
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100a"])
     def test_every_kernel_compiles_at_run_time(stand_in, target) -> None:
         for source, names in every_kernel(stand_in).items():
