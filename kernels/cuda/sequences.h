@@ -11,16 +11,25 @@
 
 namespace ibq::cuda {
 
-template <typename Queue>
-int sequence_limits(Queue& queue, const ibq_problem& problem, LaunchLimits* limits) {
-  return is_valid(problem) ? static_cast<int>(queue.limits(&limits->device)) : kInvalidValue;
+inline bool arguments_are_valid(const ibq_problem&, const ibq_softmax_forward& out) { return is_valid(out); }
+inline bool arguments_are_valid(const ibq_problem&, const ibq_softmax_backward& args) {
+  return is_valid(args);
+}
+inline bool arguments_are_valid(const ibq_problem& problem, const ibq_cross_entropy& args) {
+  return is_valid(problem, args);
+}
+
+template <typename Queue, typename Arguments>
+int sequence_limits(Queue& queue, const ibq_problem& problem, const Arguments& args, LaunchLimits* limits) {
+  const bool valid = is_valid(problem) && arguments_are_valid(problem, args);
+  return valid ? static_cast<int>(queue.limits(&limits->device)) : kInvalidValue;
 }
 
 // Workspace is what a sequence's layout comes to from a null base.
 template <typename Workspace, typename Queue, typename Arguments>
 int workspace_bytes(Queue& queue, const ibq_problem* problem, const Arguments* args, int64_t* bytes) {
   LaunchLimits limits{};
-  const int error = sequence_limits(queue, *problem, &limits);
+  const int error = sequence_limits(queue, *problem, *args, &limits);
   if (error == kSuccess) *bytes = Workspace(Operands(*problem), *args, limits, nullptr).bytes;
   return error;
 }
@@ -30,7 +39,7 @@ template <typename Workspace, typename Queue, typename Arguments, typename Seque
 int run_sequence(Queue& queue, const ibq_problem& problem, const Arguments& args, int64_t bytes,
                  const Sequence& sequence) {
   LaunchLimits limits{};
-  const int error = sequence_limits(queue, problem, &limits);
+  const int error = sequence_limits(queue, problem, args, &limits);
   if (error != kSuccess) return error;
   if (bytes < Workspace(Operands(problem), args, limits, nullptr).bytes) return kInvalidValue;
   if (problem.N > 0) sequence(limits);
