@@ -128,6 +128,11 @@ def _result(out: eager.Quantized, z: Tensor, codebook: Tensor) -> Step:
     return Step(eager.Quantized(*(value.detach() for value in out)), z.grad, codebook.grad)
 
 
+def _small_or_typical(case: Case) -> bool:
+    """These take ten seconds and more a call at the largest size; one regime tells how long."""
+    return case.k <= 1 << 16 or case.regime == "training-like"
+
+
 SUITE: Suite[Problem] = Suite(
     kernel="quantizer_step",
     problem=Problem,
@@ -137,13 +142,9 @@ SUITE: Suite[Problem] = Suite(
         Entry(OURS, "float32", _ours("float32")),
         Entry(OURS, "bfloat16", _ours("bfloat16"), dtype="bfloat16"),
         Entry("eager", "float32", _eager(compiled=False), nxk=12),
-        Entry("torch.compile", "float32", _eager(compiled=True), nxk=10, compiles=True),
-        # Many small products take long at the largest size; one regime tells how long.
         Entry(
-            "chunked eager",
-            "float32",
-            _ours("float32", backend="composite"),
-            serves=lambda case: case.k <= 1 << 16 or case.regime == "training-like",
+            "torch.compile", "float32", _eager(compiled=True), nxk=10, compiles=True, serves=_small_or_typical
         ),
+        Entry("chunked eager", "float32", _ours("float32", backend="composite"), serves=_small_or_typical),
     ),
 )

@@ -3,7 +3,9 @@
 #include <Python.h>
 
 #include "csrc/cupy_module.h"
+#include "csrc/skip_tolerance.h"
 #include "kernels/cpu/codebook.h"
+#include "kernels/cpu/kept_memory.h"
 #include "kernels/cuda/sweep_plan.h"
 
 namespace {
@@ -43,7 +45,24 @@ PyObject* tile_shape(PyObject*, PyObject*) {
   return Py_BuildValue("iii", kernels->tile_rows, kernels->block_codes, kernels->bounded_from);
 }
 
+// release_memory(): frees what CPU ops keep for their next large output; returns its bytes.
+PyObject* release_memory(PyObject*, PyObject*) {
+  return PyLong_FromLongLong(ibq::cpu::release_kept_memory());
+}
+
+// set_skip_tolerance(float): what ibq_fast.ops.skipping has checked.
+PyObject* set_skip_tolerance(PyObject*, PyObject* value) {
+  const double tolerance = PyFloat_AsDouble(value);
+  if (tolerance == -1.0 && PyErr_Occurred() != nullptr) return nullptr;
+  ibq::skip_tolerance.store(static_cast<float>(tolerance));
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
+    {"set_skip_tolerance", set_skip_tolerance, METH_O,
+     "Set the share of a row's softmax mass that kernels may leave out."},
+    {"release_memory", release_memory, METH_NOARGS,
+     "Free the memory that CPU ops keep for their next large output; returns its bytes."},
     {"cpu_isa", cpu_isa, METH_NOARGS,
      "Name of the CPU instruction set in use, or None if the forced one is absent."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "Names of the CPU instruction sets available here, best first."},

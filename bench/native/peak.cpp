@@ -1,5 +1,6 @@
 // The machine's own limits, for "share of peak": fused multiply-adds that touch registers only, and reads
-// that miss every cache. Each thread works until a common deadline; rates are totals over wall-clock time.
+// that miss every cache. Each thread warms up (another library's threads may still be spinning on its core)
+// and then counts what it does until a common deadline; the rates of all threads are added up.
 //
 // 24 independent accumulators cover the latency of two pipes (4 cycles for float32, 6 for bf16 dot products)
 // and still fit AVX-512's 32 registers; AVX2 has 16 registers and gets 12.
@@ -90,11 +91,12 @@ Choice choose(int kind) {
   return {"portable", fma_portable};
 }
 
+constexpr double kWarmUpSeconds = 0.01;
+
 // Units per second of `burst` on `threads` threads, each with its own slice of `data`.
 double rate(Burst burst, int threads, double seconds, const char* data, int64_t size) {
   std::atomic<int> ready{0};
-  std::atomic<int64_t> total{0};
-  std::vector<Clock::time_point> ends(threads);
+  std::vector<double> rates(threads);
   std::vector<float> sinks(threads, 0.0f);
   Clock::time_point start;
   std::atomic<bool> go{false};
@@ -103,12 +105,14 @@ double rate(Burst burst, int threads, double seconds, const char* data, int64_t 
     float sink = 0.0f;
     ready.fetch_add(1);
     while (!go.load(std::memory_order_acquire)) std::this_thread::yield();
-    auto deadline = start + std::chrono::duration<double>(seconds);
+    const auto begin = start + std::chrono::duration<double>(kWarmUpSeconds);
+    const auto deadline = begin + std::chrono::duration<double>(seconds);
+    while (Clock::now() < begin) burst(data + t * slice, slice, &sink);
+    const auto begun = Clock::now();
     int64_t done = 0;
     do done += burst(data + t * slice, slice, &sink);
     while (Clock::now() < deadline);
-    ends[t] = Clock::now();
-    total.fetch_add(done);
+    rates[t] = static_cast<double>(done) / std::chrono::duration<double>(Clock::now() - begun).count();
     sinks[t] = sink;
   };
   std::vector<std::thread> pool;
@@ -117,11 +121,11 @@ double rate(Burst burst, int threads, double seconds, const char* data, int64_t 
   start = Clock::now();
   go.store(true, std::memory_order_release);
   for (auto& thread : pool) thread.join();
-  Clock::time_point end = start;
-  for (auto& e : ends) end = e > end ? e : end;
   volatile float keep = 0.0f;
   for (float s : sinks) keep = keep + s;
-  return static_cast<double>(total.load()) / std::chrono::duration<double>(end - start).count();
+  double total = 0.0;
+  for (double r : rates) total += r;
+  return total;
 }
 
 }  // namespace

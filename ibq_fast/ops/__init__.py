@@ -15,8 +15,10 @@ from ibq_fast.ops.cross_entropy import linear_cross_entropy
 from ibq_fast.ops.entropy import EntropyResult, codebook_entropy
 from ibq_fast.ops.histogram import code_histogram
 from ibq_fast.ops.index_backprop import IndexBackpropResult, index_backprop
+from ibq_fast.ops.native import release_memory
 from ibq_fast.ops.search import SearchResult, codebook_search
 from ibq_fast.ops.select import SelectResult, straight_through_select
+from ibq_fast.ops.skipping import set_skip_tolerance, skip_tolerance
 
 __all__ = [
     "Backend",
@@ -32,6 +34,9 @@ __all__ = [
     "codebook_search",
     "index_backprop",
     "linear_cross_entropy",
+    "release_memory",
     "set_backend",
+    "set_skip_tolerance",
+    "skip_tolerance",
     "straight_through_select",
 ]

@@ -220,8 +220,13 @@ void backward_task(const BackwardContext& c, int task) {
   Winner* entropy = select + (int64_t)plan.code_tasks * plan.chunk;
   for (int64_t r = range.row0; r < range.row1; ++r) select[r] = entropy[r] = {-1, 0.0};
 
+  float* part = c.grad_codes + (int64_t)range.row_task * plan.k * plan.d;
   for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
-    if (!c.any_live<kSelect, kEntropy>(range.row0, range.row1, code0, gap)) continue;
+    float* out = part + code0 * plan.d;
+    if (!c.any_live<kSelect, kEntropy>(range.row0, range.row1, code0, gap)) {
+      if (c.row == 0) memset(out, 0, sizeof(float) * min_of(kBlock, range.code1 - code0) * plan.d);
+      continue;
+    }
     const Block block = load_block<kPairs>(c.problem, plan, code0, range.code1, packed, rows_scratch, bias);
     const int columns = block.panels * kNR;
     float weights[kBlock] = {}, bias_grad[kBlock] = {};
@@ -266,10 +271,15 @@ void backward_task(const BackwardContext& c, int task) {
       }
       if (run >= 0) spend_run<kPairs>(c, block, logits, group, run, group_end, block_grad);
     }
-    float* out = c.grad_codes + ((int64_t)range.row_task * plan.k + code0) * plan.d;
-    for (int64_t j = 0; j < block.codes; ++j)
-      for (int64_t e = 0; e < plan.d; ++e)
-        out[j * plan.d + e] += c.problem.scale * block_grad[j * plan.padded + e];
+    // The first chunk writes: a gradient as large as the codebook is swept once, by the thread that owns it.
+    for (int64_t j = 0; j < block.codes; ++j) {
+      const float* from = block_grad + j * plan.padded;
+      float* to = out + j * plan.d;
+      if (c.row == 0)
+        for (int64_t e = 0; e < plan.d; ++e) to[e] = c.problem.scale * from[e];
+      else
+        for (int64_t e = 0; e < plan.d; ++e) to[e] += c.problem.scale * from[e];
+    }
     if (c.problem.norm_weight != 0.0f)
       for (int64_t j = 0; j < block.codes; ++j)
         add_norm_gradient(c, code0 + j, bias_grad[j], out + j * plan.d);
@@ -340,7 +350,6 @@ bool run_backward(const Problem& p, const Backward& in, const Parallel& parallel
     for (int64_t j = 0; j < plan.k; ++j) c.centered[j] = (float)(in.grad_mean_prob[j] - mean);
   }
   if (!split_rows) c.grad_codes = in.grad_codebook;
-  memset(c.grad_codes, 0, sizeof(float) * plan.row_tasks * plan.k * plan.d);
   if (c.grad_bias) memset(c.grad_bias, 0, sizeof(float) * plan.row_tasks * plan.k);
 
   for (c.row = 0; c.row < plan.n; c.row += plan.chunk) {

@@ -6,17 +6,21 @@
 // these norms at hand (per row, and the largest of a block of codes) every score has a bound:
 //   |x' - x32| <= scale ( |a - a'| max|e| + |a'| max|e - e'| + 2 gamma |a| max|e| ) + 2^-21 |x'| =: w.
 // low is the greatest x' - w seen; a code with x' + w < low cannot be the float32 maximum. What remains (one
-// to three codes a row on random data) is scored again as the float32 tile does it, term by term in order. A
-// row with more than kCandidates (many equal codes) is searched in float32 as a whole.
+// to three codes a row on random data, a whole cluster where codes crowd) is scored again, kWidth codes at a
+// time, as the float32 tile does it: term by term in order. A row with more than kCandidates (many equal
+// codes) is searched in float32 as a whole.
 #pragma once
 
 #if defined(__AVX512BF16__)
 
-constexpr int kCandidates = 48;
+constexpr int kCandidates = 192;
 
 // Below these the float32 sweep is as fast.
 constexpr int64_t kExactFromCodes = 2048;
 constexpr int64_t kExactFromDim = 32;
+
+// Relative error of a sum of d products in float32, whatever its order.
+inline float gamma_of(int64_t d) { return (float)(d + 8) * 1.1920929e-7f; }
 
 struct Candidate {
   float upper;  // x' + w
@@ -117,7 +121,7 @@ inline void exact_task(const ExactContext& c, int task) {
   float* logits = bias + kBlock;
   float* norms = logits + kMR * kBlock;
   const float scale = fabsf(p.scale);
-  const float gamma = (float)(plan.d + 8) * 1.1920929e-7f;
+  const float gamma = gamma_of(plan.d);
   ExactRow* state = c.state + (int64_t)range.code_task * plan.chunk;
   for (int64_t r = range.row0; r < range.row1; ++r) {
     state[r].low = -__builtin_inff();
@@ -156,14 +160,73 @@ inline void exact_task(const ExactContext& c, int task) {
   }
 }
 
-// The float32 tile's logit of one row and code: the same operations in the same order.
-IBQ_INLINE float settle(const float* a, const float* e, int64_t d, float scale, float bias) {
-  float acc = 0;
-  for (int64_t j = 0; j < d; ++j) acc = __builtin_fmaf(a[j], e[j], acc);
-  return __builtin_fmaf(acc, scale, bias);
+// The products of a row with kWidth codes, one to a lane: the float32 tile's operations in its order.
+inline F settle_products(const float* a, const float* const* codes, int64_t d) {
+  F acc = F{};
+  for (int64_t j0 = 0; j0 < d; j0 += kWidth) {
+    const int64_t columns = min_of(kWidth, d - j0);
+    const __mmask16 mask = (__mmask16)((1u << columns) - 1);
+    F v[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) v[i] = (F)_mm512_maskz_loadu_ps(mask, codes[i] + j0);
+    exchange_corners<1>(v, std::make_integer_sequence<int, kWidth>());
+#pragma GCC unroll 16
+    for (int j = 0; j < kWidth; ++j)
+      if (j < columns) acc = (F)_mm512_fmadd_ps((__m512)set1(a[j0 + j]), (__m512)v[j], (__m512)acc);
+  }
+  return acc;
 }
 
-// Settles a row from its candidates; false when it has to be searched as a whole.
+// The best code among kWidth candidates or fewer.
+struct Best {
+  float score = -__builtin_inff();
+  int64_t code = -1;
+
+  void settle(const Problem& p, const float* a, const int32_t* candidates, int count) {
+    const float* rows[kWidth];
+    for (int i = 0; i < kWidth; ++i)
+      rows[i] = static_cast<const float*>(p.codebook) + (int64_t)candidates[i < count ? i : 0] * p.d;
+    const F products = settle_products(a, rows, p.d);
+    for (int i = 0; i < count; ++i) {
+      const float x = __builtin_fmaf(products[i], p.scale, p.bias ? p.bias[candidates[i]] : 0.0f);
+      if (x > score || (x == score && candidates[i] < code)) score = x, code = candidates[i];
+    }
+  }
+};
+
+// A candidate's score in float32, its terms added in whatever order is fastest, and what that order and the
+// tile's may differ by.
+struct Score {
+  float value, width;
+};
+
+inline Score quick_score(const Problem& p, const float* a, float norm, int32_t code) {
+  const float* e = static_cast<const float*>(p.codebook) + (int64_t)code * p.d;
+  F products[2] = {}, squares[2] = {};
+  for (int64_t j = 0; j < p.d; j += 2 * kWidth)
+    for (int v = 0; v < 2; ++v) {
+      const int64_t left = p.d - j - v * kWidth;
+      const __mmask16 mask = left >= kWidth ? (__mmask16)-1 : (__mmask16)((1u << (left > 0 ? left : 0)) - 1);
+      const F x = (F)_mm512_maskz_loadu_ps(mask, a + j + v * kWidth);
+      const F y = (F)_mm512_maskz_loadu_ps(mask, e + j + v * kWidth);
+      products[v] = (F)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)products[v]);
+      squares[v] = (F)_mm512_fmadd_ps((__m512)y, (__m512)y, (__m512)squares[v]);
+    }
+  const float product = (float)horizontal_sum(products[0] + products[1]);
+  const float size = sqrtf((float)horizontal_sum(squares[0] + squares[1])) * 1.0001f;
+  const float value = __builtin_fmaf(product, p.scale, p.bias ? p.bias[code] : 0.0f);
+  return {value,
+          2 * gamma_of(p.d) * fabsf(p.scale) * norm * size * 1.001f + 4.7683716e-7f * fabsf(value) + 1e-30f};
+}
+
+// Candidates stand anywhere in the codebook: without this each would wait for memory in turn.
+inline void prefetch_code(const Problem& p, int32_t code) {
+  const float* e = static_cast<const float*>(p.codebook) + (int64_t)code * p.d;
+  for (int64_t j = 0; j < p.d; j += kWidth) __builtin_prefetch(e + j);
+}
+
+// Settles a row from its candidates; false when it has to be searched as a whole. Most candidates fall to
+// their quick score; the order of the tile decides among the few it cannot tell apart.
 inline bool settle_row(const ExactContext& c, int64_t r, const Forward& out) {
   const Plan& plan = c.plan;
   const Problem& p = c.problem;
@@ -174,21 +237,34 @@ inline bool settle_row(const ExactContext& c, int64_t r, const Forward& out) {
     if (row.count > kCandidates) return false;
     low = row.low > low ? row.low : low;
   }
-  float best = -__builtin_inff();
-  int64_t best_at = -1;
+  float quick_low = -__builtin_inff();
+  for (int t = 0; t < plan.code_tasks; ++t) {
+    ExactRow& row = c.state[(int64_t)t * plan.chunk + r];
+    for (int q = 0; q < row.count; ++q) {
+      if (row.list[q].upper < low) continue;
+      if (q + 2 < row.count) prefetch_code(p, row.list[q + 2].code);
+      const Score s = quick_score(p, a, c.row_norms[3 * r], row.list[q].code);
+      if (!(fabsf(s.value) <= 3e38f)) return false;  // the float32 sweep has the rules
+      row.list[q].upper = s.value + s.width;
+      quick_low = s.value - s.width > quick_low ? s.value - s.width : quick_low;
+    }
+  }
+  Best best;
+  int32_t waiting[kWidth];
+  int count = 0;
   for (int t = 0; t < plan.code_tasks; ++t) {
     const ExactRow& row = c.state[(int64_t)t * plan.chunk + r];
     for (int q = 0; q < row.count; ++q) {
-      if (row.list[q].upper < low) continue;
-      const int64_t code = row.list[q].code;
-      const float* e = static_cast<const float*>(p.codebook) + code * plan.d;
-      const float x = settle(a, e, plan.d, p.scale, p.bias ? p.bias[code] : 0.0f);
-      if (x > best || (x == best && code < best_at)) best = x, best_at = code;
+      // bars rise: what the first sweep ruled out stays below quick_low as well
+      if (row.list[q].upper < low || row.list[q].upper < quick_low) continue;
+      waiting[count++] = row.list[q].code;
+      if (count == kWidth) best.settle(p, a, waiting, count), count = 0;
     }
   }
-  if (best_at < 0) return false;  // NaN or infinite: the float32 sweep has the rules
-  if (out.indices) out.indices[c.row + r] = best_at;
-  if (out.max) out.max[c.row + r] = best;
+  if (count > 0) best.settle(p, a, waiting, count);
+  if (best.code < 0) return false;
+  if (out.indices) out.indices[c.row + r] = best.code;
+  if (out.max) out.max[c.row + r] = best.score;
   return true;
 }
 
