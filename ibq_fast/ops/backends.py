@@ -16,32 +16,33 @@ from typing import Any
 
 import torch
 
-from ibq_fast.ops import native
+from ibq_fast.ops import native, triton
 from ibq_fast.ops.registration import COMPOSITE_NAMESPACE, overload
 
 ENVIRONMENT_VARIABLE = "IBQ_FAST_BACKEND"
-NAMES = ("native", "composite")
+NAMES = ("native", "triton", "composite")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
-# Devices on which the native kernels are chosen without being asked for. A GPU joins when a committed result
-# shows the kernels right on its architecture; until then it is served by a forced choice.
-NATIVE_AUTOMATIC = ("cpu",)
+# Devices on which kernels are chosen without being asked for. A GPU joins when a committed result shows the
+# kernels right on its architecture; until then it is served by a forced choice.
+NATIVE_AUTOMATIC: tuple[str, ...] = ("cpu",)
+TRITON_AUTOMATIC: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Backend:
     """One row: an implementation of ``op``.
 
-    devices: device types served, empty for all. automatic: device types on which it is chosen unasked, empty
+    devices: device types served, empty for all. automatic: device types on which it is chosen unasked, None
     for all. unavailable: why it cannot be used at all here, or None. call: the operator.
     """
 
     name: str
     op: str
     devices: tuple[str, ...]
-    automatic: tuple[str, ...]
+    automatic: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...]
     unavailable: str | None
     call: Callable[..., Any] | None
@@ -66,7 +67,7 @@ class Backend:
 
     def hesitation(self, device_type: str) -> str | None:
         """Why this row is not chosen unasked on the device, or None."""
-        if self.automatic and device_type not in self.automatic:
+        if self.automatic is not None and device_type not in self.automatic:
             return f"{self.name} kernels are not proven on this {device_type} and have to be asked for"
         return None
 
@@ -111,7 +112,16 @@ def add(op: str, dtypes: tuple[torch.dtype, ...], also: tuple[str, ...] = ()) ->
             reason,
             overload(native.NAMESPACE, op) if reason is None else None,
         ),
-        Backend("composite", op, (), (), dtypes, None, overload(COMPOSITE_NAMESPACE, op)),
+        Backend(
+            "triton",
+            op,
+            triton.device_types(),
+            TRITON_AUTOMATIC,
+            tuple(dtype for dtype in dtypes if dtype in triton.dtypes()),
+            triton.UNAVAILABLE,
+            overload(triton.NAMESPACE, op) if triton.UNAVAILABLE is None else None,
+        ),
+        Backend("composite", op, (), None, dtypes, None, overload(COMPOSITE_NAMESPACE, op)),
     )
 
 

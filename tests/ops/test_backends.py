@@ -76,7 +76,7 @@ def test_a_native_kernel_is_not_chosen_unasked_on_an_unproven_device(monkeypatch
     on_gpu = backends.Backend(
         "native", row.op, ("cpu", "cuda"), ("cpu",), row.dtypes, row.unavailable, row.call
     )
-    monkeypatch.setitem(backends._TABLE, "codebook_search", (on_gpu, backends._TABLE["codebook_search"][1]))
+    monkeypatch.setitem(backends._TABLE, "codebook_search", (on_gpu, backends._TABLE["codebook_search"][-1]))
     with pytest.warns(UserWarning, match="have to be asked for"):
         chosen = backends.select("codebook_search", "cuda", torch.float32)
     assert chosen is torch.ops.ibq_fast_composite.codebook_search.default
@@ -98,7 +98,7 @@ def test_order_of_choices(monkeypatch) -> None:
 
 @pytest.mark.parametrize("force", [ops.set_backend, lambda name: ops.code_histogram(_INDEX, 2, backend=name)])
 def test_an_unknown_choice_is_refused(force) -> None:
-    with pytest.raises(ValueError, match="backend: expected one of native, composite, got 'cudnn'"):
+    with pytest.raises(ValueError, match="backend: expected one of native, triton, composite, got 'cudnn'"):
         force("cudnn")
 
 
@@ -128,7 +128,7 @@ def test_environment_variable(monkeypatch) -> None:
     )
     assert done.stdout.split() == ["ibq_fast_composite"]
     monkeypatch.setattr(backends, "_forced_by_environment", "cudnn")
-    with pytest.raises(ValueError, match="expected one of native, composite, got 'cudnn'"):
+    with pytest.raises(ValueError, match="expected one of native, triton, composite, got 'cudnn'"):
         ops.codebook_search(torch.zeros(1, 2), torch.zeros(3, 2))
 
 

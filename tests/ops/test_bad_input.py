@@ -30,7 +30,7 @@ OPERANDS = {
     "bias: expected device cpu like z, got meta": (Z, E, {"bias": META[:, 0]}),
     "scale: expected a finite number, got nan": (Z, E, {"scale": float("nan")}),
     "z: expected finite values, got 2 NaN or infinite of 3": (NAN, E, {}),
-    "backend: expected one of native, composite, got 'fast'": (Z, E, {"backend": "fast"}),
+    "backend: expected one of native, triton, composite, got 'fast'": (Z, E, {"backend": "fast"}),
 }
 
 
