@@ -87,6 +87,10 @@ class Gradients:
         assert isinstance(bound, Tensor)
         return torch.exp2(torch.floor(15 - torch.log2(bound.clamp(2.0**-60, 2.0**60))))
 
+    def _named(self, kernel: str) -> str:
+        """The kernel's entry in the table of tiles."""
+        return kernel if self.targets is None else f"loss_{kernel}"
+
     def _flags(self) -> dict[str, bool]:
         return {
             "SELECT": self.grad_z_q is not None,
@@ -101,7 +105,7 @@ class Gradients:
 
     def _rows(self, data: Tensor, peaks: Tensor) -> tuple[Tensor, Tensor]:
         n, k, d = sizes(self.z, self.codebook)
-        blocks = plan.blocks("row_gradient", self.z)
+        blocks = plan.blocks(self._named("row_gradient"), self.z)
         row_tiles = plan.ceil_div(n, blocks.tile.rows)
         splits, each = plan.splits(
             plan.ceil_div(k, blocks.tile.codes),
@@ -163,7 +167,7 @@ class Gradients:
 
     def _codes(self, data: Tensor, peaks: Tensor, boost: Tensor) -> tuple[Tensor, Tensor]:
         n, k, d = sizes(self.z, self.codebook)
-        blocks = plan.blocks("code_gradient", self.z)
+        blocks = plan.blocks(self._named("code_gradient"), self.z)
         code_tiles = plan.ceil_div(k, blocks.tile.codes)
         splits, each = plan.splits(
             plan.ceil_div(n, blocks.tile.rows),

@@ -30,6 +30,8 @@ KERNELS = (
     "moments",
     "row_gradient",
     "code_gradient",
+    "loss_row_gradient",
+    "loss_code_gradient",
 )
 
 
@@ -142,9 +144,7 @@ def architecture(device: torch.device) -> str:
         return "sm_80"
     if major in (9, 10):
         return f"sm_{major}0"
-    if major >= 8:
-        return "sm_86"
-    raise ValueError(f"device: expected compute capability 8.0 or newer, got {major}.{minor}")
+    raise ValueError(f"device: expected compute capability 8.0, 9.0 or 10.x, got {major}.{minor}")
 
 
 @functools.cache
