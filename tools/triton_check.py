@@ -52,6 +52,31 @@ USES: dict[str, tuple[str, str, dict[str, bool]]] = {
     "codes, joint": ("code_gradient", "code_gradient", GROUPS | {"SELECT": True, "ENTROPY": True}),
     "codes, loss": ("code_gradient", "loss_code_gradient", GROUPS | {"TARGET": True}),
 }
+# Kernels that join partial results: no tile of the table, nothing to multiply. Use -> (module, kernel,
+# flags).
+FINISHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "finish rows, joint": (
+        "finish_rows",
+        "finish_rows",
+        SWEEP | {"LSE": True, "READOUT": True, "ENTROPY": True, "ROWS": 16},
+    ),
+    "finish rows, loss": (
+        "finish_rows",
+        "finish_rows",
+        SWEEP | {"LSE": True, "TARGET": True, "SMOOTH": True, "ROWS": 16},
+    ),
+    "finish rows' gradient": (
+        "finish_gradients",
+        "finish_row_gradient",
+        {"FIRST": True, "ENTROPY": True, "ROWS": 16},
+    ),
+    "finish codes' gradient": (
+        "finish_gradients",
+        "finish_code_gradient",
+        {"HITS": True, "NORMS": True, "CODES": 16, "ROWS": 16},
+    ),
+    "histogram": ("histogram", "count_codes", {"ROWS": 256}),
+}
 HOTTEST = ("search", "joint", "rows, joint", "codes, joint")
 WIDE = ("loss", "rows, loss", "codes, loss")
 CASES = (
@@ -59,12 +84,23 @@ CASES = (
     *((use, "fp16", 256) for use in HOTTEST),
     *((use, "fp32", 256) for use in HOTTEST),
     *((use, "bf16", 1024) for use in WIDE),
+    *((use, "bf16", 256) for use in FINISHERS),
 )
 
 INTEGERS = ("n", "k", "row_tiles", "code_tiles", "splits", "tiles_per_split")
-NUMBERS = ("scale", "inverse_tau", "hit", "share")
-INDICES = {"index": "*i32", "peaks": "*i32", "targets": "*i64", "ignored": "i64"}
-OPERANDS = ("z", "e", "g")
+NUMBERS = ("scale", "inverse_tau", "hit", "share", "smoothing", "norm_weight")
+INDICES = {
+    "index": "*i32",
+    "peaks": "*i32",
+    "counts": "*i32",
+    "targets": "*i64",
+    "ignored": "i64",
+    "out_index": "*i64",
+    "order": "*i64",
+    "starts": "*i64",
+    "indices": "*i64",
+}
+OPERANDS = ("z", "e", "g", "grad_z", "grad_e", "grad_z_q", "grad_codes")
 
 
 @dataclass
@@ -105,14 +141,20 @@ def build(architecture: str, use: str, dtype: str, dimension: int) -> Compiled:
 
     from ibq_fast.ops.triton import plan
 
-    module, entry, flags = USES[use]
-    kernel = getattr(importlib.import_module(f"ibq_fast.ops.triton.kernels.{module}"), module)
-    blocks = plan.fit(architecture, entry, WIDTHS[dtype], dimension)
-    constants = blocks.constants(
-        D=dimension, OUT=blocks.out, BIAS=True, EVEN=True, PRECISION="tf32x3", **flags
-    )
-    options = {name: constants[name] for name in ("num_warps", "num_stages")}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    module, name, flags = USES.get(use) or FINISHERS[use]
+    kernels = importlib.import_module(f"ibq_fast.ops.triton.kernels.{module}")
+    if use in USES:
+        kernel = getattr(kernels, module)
+        blocks = plan.fit(architecture, name, WIDTHS[dtype], dimension)
+        tile = f"{blocks.tile.rows}x{blocks.tile.codes} w{blocks.tile.warps} s{blocks.tile.stages}"
+        constants = blocks.constants(
+            D=dimension, OUT=blocks.out, BIAS=True, EVEN=True, PRECISION="tf32x3", **flags
+        )
+        options = {key: constants[key] for key in ("num_warps", "num_stages")}
+    else:
+        kernel, tile, options = getattr(kernels, name), "", {}
+        constants = {"D": dimension, "OUT": 256, **flags}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     types = signature(kernel.arg_names, constants, dtype)
     divisible = {
         (i,): [["tt.divisibility", 16]]
@@ -137,7 +179,7 @@ def build(architecture: str, use: str, dtype: str, dimension: int) -> Compiled:
         use,
         dtype,
         dimension,
-        f"{blocks.tile.rows}x{blocks.tile.codes} w{blocks.tile.warps} s{blocks.tile.stages}",
+        tile,
         registers=_resource(usage, "REG"),
         local=_resource(usage, "STACK") + _resource(usage, "LOCAL"),
         shared=compiled.metadata.shared,
@@ -164,7 +206,7 @@ def violations(kernel: Compiled, budget: dict[str, int]) -> list[str]:
         for name in ("registers", "local", "shared", "tensor")
         if getattr(kernel, name) > budget[name]
     ]
-    return wrong if kernel.matrix else [*wrong, "no matrix instructions"]
+    return wrong if kernel.matrix or kernel.use in FINISHERS else [*wrong, "no matrix instructions"]
 
 
 def main() -> int:

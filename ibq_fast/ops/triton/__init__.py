@@ -11,10 +11,13 @@ A missing or unsuitable Triton is no error: :data:`UNAVAILABLE` keeps the reason
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+from typing import Any
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "ibq_fast_triton"
 OLDEST = (3, 5)
@@ -79,11 +82,17 @@ def define(op: str, arguments: str) -> None:
     ``torch.compile`` sees the kernels inside. Under the interpreter, whose kernels cannot be traced, the
     operator is opaque.
     """
-    from ibq_fast.ops.triton.launch import INTERPRETED
+    from ibq_fast.ops.triton.launch import INTERPRETED, device_of
 
     module = importlib.import_module(f"{__name__}.{'backward' if op in BACKWARD else 'forward'}")
     function = getattr(module, op)
+
+    @functools.wraps(function)
+    def run(first: Tensor, *rest: Any) -> Any:  # the schema is read from annotations, in this module's names
+        with device_of(first):
+            return function(first, *rest)
+
     if INTERPRETED:
-        torch.library.custom_op(f"{NAMESPACE}::{op}", function, mutates_args=(), schema=arguments)
+        torch.library.custom_op(f"{NAMESPACE}::{op}", run, mutates_args=(), schema=arguments)
     else:
-        torch.library.triton_op(f"{NAMESPACE}::{op}", function, mutates_args=())
+        torch.library.triton_op(f"{NAMESPACE}::{op}", run, mutates_args=())

@@ -9,6 +9,7 @@ dbias. Both form S again, so that nothing is added from two programs: 6 products
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +32,11 @@ MOST_ENTROPY = math.log(2**31)  # of any row of codes
 
 @dataclass
 class Group:
-    """One source of dS. peak [N] int32: the code that a row's probability nearly all lies on, or -1; bound
-    [N]: a bound of |dS|; rows: its slots of what is known of a row."""
+    """One source of dS. peak [N] int32: the code that a row's probability nearly all lies on, or -1; bound:
+    gives a bound of |dS| [N], which only float16 needs; rows: its slots of what is known of a row."""
 
     peak: Tensor
-    bound: Tensor
+    bound: Callable[[], Tensor]
     rows: tuple[Tensor, ...]
 
 
@@ -83,7 +84,7 @@ class Gradients:
         flat row over many codes would fall below 2^-24, the least that float16 holds."""
         if self.z.dtype != torch.float16:
             return one
-        bound = sum(group.bound for group in (self.first, self.second) if group)
+        bound = sum(group.bound() for group in (self.first, self.second) if group)
         assert isinstance(bound, Tensor)
         return torch.exp2(torch.floor(15 - torch.log2(bound.clamp(2.0**-60, 2.0**60))))
 
@@ -249,7 +250,11 @@ def select_group(
 ) -> Group:
     """The selection's part: dS = P (g·E - δ), δ = g·o."""
     g = grad_z_q.to(torch.float32)
-    bound = 2 * torch.linalg.vector_norm(g, dim=1) * _longest(codebook)
+
+    def bound() -> Tensor:
+        longest = torch.linalg.vector_norm(codebook, dim=1, dtype=torch.float32).max()
+        return 2 * torch.linalg.vector_norm(g, dim=1) * longest
+
     return Group(_peak(z, codebook, bias, scale, indices, lse), bound, (lse, (g * readout).sum(dim=1)))
 
 
@@ -299,7 +304,10 @@ def entropy_group(
     chosen = index.gather(0, where.unsqueeze(0)).squeeze(0)
     sure = (best - center) / temperature - log_total > math.log(PEAK)
     slope = grad_row_entropy / temperature
-    bound = slope.abs() * (1 + MOST_ENTROPY) + 2 * c.abs().max()
+
+    def bound() -> Tensor:
+        return slope.abs() * (1 + MOST_ENTROPY) + 2 * c.abs().max()
+
     rows = (center, log_total, sum_y / total, slope, sum_c / total)
     return Group(torch.where(sure, chosen, -1).to(torch.int32), bound, rows), c
 
@@ -422,7 +430,7 @@ def linear_cross_entropy_backward(
         head,
         bias,
         1.0,
-        first=Group(peak.to(torch.int32), weight.abs(), rows),
+        first=Group(peak.to(torch.int32), weight.abs, rows),
         targets=named,
         label_smoothing=label_smoothing,
     )
@@ -436,10 +444,6 @@ def _peak(
     own = (z.to(torch.float32) * codebook.index_select(0, indices).to(torch.float32)).sum(dim=1) * scale
     own = own if bias is None else own + bias.index_select(0, indices)
     return torch.where(torch.exp(own - lse) > PEAK, indices, -1).to(torch.int32)
-
-
-def _longest(codebook: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(codebook, dim=1, dtype=torch.float32).max()
 
 
 def _with_bias(grads: tuple[Tensor, Tensor, Tensor], bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,8 @@
-"""Operands as the kernels take them."""
+"""Operands and device as the kernels take them."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,6 +20,13 @@ def operand(x: Tensor) -> Tensor:
         names = " or ".join(str(dtype) for dtype in DTYPES)
         raise ValueError(f"operands: expected {names}{why}, got {x.dtype}")
     return x.contiguous()
+
+
+def device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Makes x's device the current one, which is where Triton launches."""
+    if x.device.type == "cpu":
+        return nullcontext()
+    return torch.get_device_module(x.device).device(x.device)
 
 
 def sizes(z: Tensor, codebook: Tensor) -> tuple[int, int, int]:

@@ -77,7 +77,7 @@ def finish_code_gradient(
     e,
     order,
     starts,
-    index,
+    indices,
     grad_z_q,
     grad_codes,
     grad_e,
@@ -94,7 +94,7 @@ def finish_code_gradient(
     NORMS: tl.constexpr,
 ):
     """part_e [splits, K, D], boost [1], grad_bias [K]; HITS: rows sorted by code in order [N], the first of
-    each code in starts [K + 1], index [N], grad_z_q and grad_codes [N, D] -> grad_e [K, D]."""
+    each code in starts [K + 1], indices [N], grad_z_q and grad_codes [N, D] -> grad_e [K, D]."""
     pid = tl.program_id(0)
     chunk = pid // code_tiles
     codes = (pid % code_tiles) * CODES + tl.arange(0, CODES)
@@ -114,7 +114,7 @@ def finish_code_gradient(
             place = at + tl.arange(0, ROWS)
             inside = place < last
             rows = tl.load(order + place, mask=inside, other=0)
-            hit = tl.load(index + rows, mask=inside, other=-1)
+            hit = tl.load(indices + rows, mask=inside, other=-1)
             g = load_tile(grad_z_q, rows, inside, chunk * OUT, D, OUT).to(tl.float32)
             g += load_tile(grad_codes, rows, inside, chunk * OUT, D, OUT).to(tl.float32)
             own = tl.where(codes_at[:, None] == hit[None, :], 1.0, 0.0)
