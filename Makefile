@@ -7,7 +7,8 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 CPP    := $(shell git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh' 2>/dev/null)
 RUN    ?= runs/quickstart
 
-.PHONY: help quickstart test lint format kernel-tests cuda-check pytest isa-tests bench sanitize gpu gpu-rehearsal clean
+.PHONY: help quickstart test lint format kernel-tests cuda-check triton-check pytest isa-tests bench sanitize gpu \
+        gpu-rehearsal clean
 
 help:  ## This list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,7 +29,7 @@ build: $(STAMP)
 quickstart: build  ## Train, sample and report on embedded real images: runs/quickstart/report.md
 	$(PY) -m ibq_fast.quickstart --out $(RUN)
 
-test: lint kernel-tests sanitize cuda-check pytest isa-tests  ## Everything: lint, types, CTest, sanitizers, CUDA compile check, pytest
+test: lint kernel-tests sanitize cuda-check triton-check pytest isa-tests  ## Everything: lint, types, CTest, sanitizers, GPU compile checks, pytest
 
 lint: $(STAMP)  ## ruff, mypy, clang-format
 	$(VENV)/bin/ruff check .
@@ -49,6 +50,9 @@ cuda-check: build  ## Compile the CUDA kernels for sm_80, sm_90a and sm_100a and
 	@if grep -q 'CMAKE_CUDA_COMPILER:' build/cmake/CMakeCache.txt; then \
 	  $(VENV)/bin/cmake --build build/cmake --target ibq_cuda_check; \
 	else echo "cuda-check: no nvcc on this machine, CUDA kernels were not compiled"; fi
+
+triton-check: $(STAMP)  ## Compile the Triton kernels for sm_80, sm_90 and sm_100 and read registers and spills
+	$(PY) tools/triton_check.py --budgets ibq_fast/ops/triton/budgets.json --jobs $(JOBS)
 
 pytest: build
 	$(PY) -m pytest -q --durations=15

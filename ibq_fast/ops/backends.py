@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from ibq_fast.ops import cupy, native, proof
-from ibq_fast.ops.registration import COMPOSITE_NAMESPACE, overload
+from ibq_fast.ops import cupy, native, proof, triton
+from ibq_fast.ops.registration import COMPOSITE_NAMESPACE, NAMESPACES, overload
 
 ENVIRONMENT_VARIABLE = "IBQ_FAST_BACKEND"
-NAMESPACES = {"native": native.NAMESPACE, "cupy": cupy.NAMESPACE, "composite": COMPOSITE_NAMESPACE}
 NAMES = tuple(NAMESPACES)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,14 +27,16 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
 # Devices whose kernels the tests of every build show to be right. Those of a GPU need a committed result for
 # its architecture (proof.py); until there is one they are served by a forced choice.
-PROVEN_BY_TESTS = ("cpu",)
+PROVEN_BY_TESTS: tuple[str, ...] = ("cpu",)
+# Under Triton's interpreter, which is for tests.
+TRITON_PROVEN_BY_TESTS: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Backend:
     """One row: an implementation of ``op``.
 
-    devices: device types served, empty for all. automatic: device types on which it is chosen unasked, empty
+    devices: device types served, empty for all. automatic: device types on which it is chosen unasked, None
     for all; on a GPU that is not among them a committed result decides. unavailable: why it cannot be used at
     all here, or None. call: the operator.
     """
@@ -43,7 +44,7 @@ class Backend:
     name: str
     op: str
     devices: tuple[str, ...]
-    automatic: tuple[str, ...]
+    automatic: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...]
     unavailable: str | None
     call: Callable[..., Any] | None
@@ -68,8 +69,10 @@ class Backend:
 
     def hesitation(self, device_type: str, dtype: torch.dtype) -> str | None:
         """Why this row is not chosen unasked on the device, or None."""
-        if not self.automatic or device_type in self.automatic:
+        if self.automatic is None or device_type in self.automatic:
             return None
+        if device_type != "cuda":
+            return f"{self.name} kernels are not proven on this {device_type} and have to be asked for"
         doubt = proof.doubt(self.op, self.name, str(dtype).removeprefix("torch."))
         return doubt and f"{doubt}: they have to be asked for"
 
@@ -97,8 +100,9 @@ def add(op: str, dtypes: tuple[torch.dtype, ...], also: tuple[str, ...] = ()) ->
     """Enter the rows of ``op``, preferred first; ``also`` names operators that its gradient needs."""
     _TABLE[op] = (
         _native(op, dtypes, also),
+        _triton(op, dtypes),
         _cupy(op, dtypes, also),
-        Backend("composite", op, (), (), dtypes, None, overload(COMPOSITE_NAMESPACE, op)),
+        Backend("composite", op, (), None, dtypes, None, overload(COMPOSITE_NAMESPACE, op)),
     )
 
 
@@ -120,6 +124,18 @@ def _native(op: str, dtypes: tuple[torch.dtype, ...], also: tuple[str, ...]) -> 
         tuple(dtype for dtype in dtypes if dtype in NATIVE_DTYPES),
         reason,
         overload(native.NAMESPACE, op) if reason is None else None,
+    )
+
+
+def _triton(op: str, dtypes: tuple[torch.dtype, ...]) -> Backend:
+    return Backend(
+        "triton",
+        op,
+        triton.device_types(),
+        TRITON_PROVEN_BY_TESTS,
+        tuple(dtype for dtype in dtypes if dtype in triton.dtypes()),
+        triton.UNAVAILABLE,
+        overload(triton.NAMESPACE, op) if triton.UNAVAILABLE is None else None,
     )
 
 

@@ -1,4 +1,5 @@
-"""What the composite operators share: blocks of rows × codes, their logits, online softmax state.
+"""What the composite operators share: blocks of rows × codes, their logits, online softmax state; and the
+norms of codes as a bias, which the Triton operators take from here.
 
 No tensor here is larger than a block (:data:`BLOCK_ELEMENTS`), N×D or K×D. Loops run over codes outside and
 rows inside, so that a block of a low-precision codebook is widened once.
@@ -30,6 +31,15 @@ PEAK = 0.75
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bias_with_norms(codebook: Tensor, bias: Tensor | None, norm_weight: float) -> Tensor | None:
+    """bias - norm_weight · |codebook|² [K] in the statistics dtype; the bias itself for a weight of 0."""
+    if norm_weight == 0.0:
+        return bias
+    dtype = statistics_dtype(codebook.dtype)
+    norms = torch.linalg.vector_norm(codebook, dim=1, dtype=dtype).square() * -norm_weight
+    return norms if bias is None else norms + bias
 
 
 def slices(size: int, step: int) -> Iterator[slice]:

@@ -1,7 +1,8 @@
 """One definition of an operator, registered in every namespace that offers it.
 
-``ibq_fast`` is defined by the C++ extension, ``ibq_fast_composite`` and ``ibq_fast_cupy`` here. All carry the
-same schemas, and get the same shape function and the same derivative, so that they differ in arithmetic only.
+``ibq_fast`` is defined by the C++ extension, ``ibq_fast_triton`` by the Triton kernels, ``ibq_fast_cupy`` and
+``ibq_fast_composite`` here. All carry the same schemas, and all get the same shape function and the same
+derivative, so that they differ in arithmetic only.
 """
 
 from __future__ import annotations
@@ -12,9 +13,15 @@ from typing import Any
 
 import torch
 
-from ibq_fast.ops import cupy, native
+from ibq_fast.ops import cupy, native, triton
 
 COMPOSITE_NAMESPACE = "ibq_fast_composite"
+NAMESPACES = {
+    "native": native.NAMESPACE,
+    "triton": triton.NAMESPACE,
+    "cupy": cupy.NAMESPACE,
+    "composite": COMPOSITE_NAMESPACE,
+}
 _composite_library = torch.library.Library(COMPOSITE_NAMESPACE, "DEF")
 _cupy_library = torch.library.Library(cupy.NAMESPACE, "DEF")
 
@@ -50,6 +57,9 @@ def register(operator: Operator) -> None:
     _complete(COMPOSITE_NAMESPACE, operator)
     if native.registered(operator.name):
         _complete(native.NAMESPACE, operator)
+    if triton.registered(operator.name):
+        triton.define(operator.name, operator.arguments)
+        _complete(triton.NAMESPACE, operator)
     _cupy_library.define(operator.name + operator.arguments)
     if cupy.registered(operator.name):
         _complete(cupy.NAMESPACE, operator)
@@ -64,8 +74,8 @@ def saved_lse_dtype(namespace: str, dtype: torch.dtype) -> torch.dtype:
     """Dtype of a log-sum-exp kept for the backward, given that of z.
 
     The native kernels (and CuPy's, which are the same) keep float64, so that exp(S - lse) stays exact where
-    logits are large; the composite backend has to run on devices without float64, and measures the rounding
-    of lse in the backward instead.
+    logits are large; the others have to run on devices without float64, and measure the rounding of lse in
+    the backward instead.
     """
     if namespace in (native.NAMESPACE, cupy.NAMESPACE) or dtype == torch.float64:
         return torch.float64

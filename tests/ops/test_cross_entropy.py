@@ -13,10 +13,16 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ibq_fast.ops import available_backends, backends, cross_entropy, linear_cross_entropy
+from ibq_fast.ops import (
+    available_backends,
+    backends,
+    cross_entropy,
+    linear_cross_entropy,
+    registration,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMESPACES = {"native": "ibq_fast", "composite": "ibq_fast_composite"}
+NAMESPACES = {name: registration.NAMESPACES[name] for name in available_backends()}
 IGNORED = -7
 
 
