@@ -7,7 +7,8 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 CPP    := $(shell git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh' 2>/dev/null)
 RUN    ?= runs/quickstart
 
-.PHONY: help quickstart test lint format kernel-tests cuda-check pytest isa-tests bench sanitize clean
+.PHONY: help quickstart test lint format kernel-tests cuda-check triton-check pytest isa-tests bench sanitize gpu \
+        gpu-rehearsal clean
 
 help:  ## This list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,7 +29,7 @@ build: $(STAMP)
 quickstart: build  ## Train, sample and report on embedded real images: runs/quickstart/report.md
 	$(PY) -m ibq_fast.quickstart --out $(RUN)
 
-test: lint kernel-tests sanitize cuda-check pytest isa-tests  ## Everything: lint, types, CTest, sanitizers, CUDA compile check, pytest
+test: lint kernel-tests sanitize cuda-check triton-check pytest isa-tests  ## Everything: lint, types, CTest, sanitizers, GPU compile checks, pytest
 
 lint: $(STAMP)  ## ruff, mypy, clang-format
 	$(VENV)/bin/ruff check .
@@ -50,6 +51,9 @@ cuda-check: build  ## Compile the CUDA kernels for sm_80, sm_90a and sm_100a and
 	  $(VENV)/bin/cmake --build build/cmake --target ibq_cuda_check; \
 	else echo "cuda-check: no nvcc on this machine, CUDA kernels were not compiled"; fi
 
+triton-check: $(STAMP)  ## Compile the Triton kernels for sm_80, sm_90 and sm_100 and read registers and spills
+	$(PY) tools/triton_check.py --budgets ibq_fast/ops/triton/budgets.json --jobs $(JOBS)
+
 pytest: build
 	$(PY) -m pytest -q --durations=15
 
@@ -69,6 +73,13 @@ sanitize: $(STAMP)  ## CTest under the address and undefined-behaviour sanitizer
 	$(VENV)/bin/cmake -S . -B build/sanitize -DIBQ_FAST_SANITIZE=ON -DIBQ_FAST_EXTENSION=OFF -DIBQ_FAST_CUDA=off
 	$(VENV)/bin/cmake --build build/sanitize --target kernel_tests --parallel $(JOBS)
 	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
+
+# On the Python that PYTHON names, with what is installed there: nothing is downloaded.
+gpu:  ## Build, check, measure and sanitize on the GPU of this machine; appends to bench/results/gpu.csv
+	$(PYTHON) tools/gpu_suite.py $(GPU)
+
+gpu-rehearsal: build  ## The same stages on the CPU with tiny shapes
+	$(PY) tools/gpu_suite.py --device cpu $(GPU)
 
 clean:  ## Remove what was built (the environment stays)
 	rm -rf build dist ibq_fast/*.so *.egg-info

@@ -1,6 +1,8 @@
-"""Builds the compiled extension through CMake; everything else is in pyproject.toml.
+"""Builds the compiled extension through CMake and puts the CUDA sources into the package, where the cupy
+backend finds them; everything else is in pyproject.toml.
 
-``IBQ_FAST_CUDA=auto|on|off`` chooses CUDA kernels (auto: when nvcc is found), ``MAX_JOBS`` the parallelism.
+``IBQ_FAST_CUDA=auto|on|off`` chooses CUDA kernels (auto: when nvcc is found), ``MAX_JOBS`` the parallelism,
+``IBQ_FAST_CUDA_ARCHITECTURES`` what they are compiled for (CMake's list; default 80-real;90a-real;100a-real).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PYTHON_ABI = "cp310"
@@ -48,10 +51,27 @@ class CMakeBuild(build_ext):
         ninja = find_tool("ninja")
         if ninja and not (build / "CMakeCache.txt").exists():
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        if architectures := os.environ.get("IBQ_FAST_CUDA_ARCHITECTURES"):
+            configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         for command in (configure, [cmake, "--build", str(build), "--target", "_C", "--parallel", jobs]):
             if subprocess.run(command, cwd=ROOT).returncode:
                 raise SystemExit(f"ibq_fast: the build failed at `{' '.join(command[:2])} …`; see above.")
+
+
+class WithCudaSources(build_py):
+    """Copies the headers that are compiled at run time; an editable install finds them in the checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for folder in ("common", "cuda"):
+            target = Path(self.build_lib) / "ibq_fast" / "_kernels" / folder
+            target.mkdir(parents=True, exist_ok=True)
+            for source in (ROOT / "kernels" / folder).iterdir():
+                if source.suffix in (".h", ".cuh"):
+                    shutil.copy2(source, target)
 
 
 class LimitedApiWheel(bdist_wheel):
@@ -64,5 +84,5 @@ class LimitedApiWheel(bdist_wheel):
 
 setup(
     ext_modules=[Extension("ibq_fast._C", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": LimitedApiWheel},
+    cmdclass={"build_ext": CMakeBuild, "build_py": WithCudaSources, "bdist_wheel": LimitedApiWheel},
 )

@@ -69,7 +69,9 @@ def check(problem: Problem, entry: Entry[Problem], found: Found) -> None:
     for name, value, right in (("max", found.max, exact.best), ("lse", found.lse, exact.lse)):
         if value is not None:
             error = (value.double() - right).abs().max().item()
-            assert error <= bound, f"{entry.name}: {name}: error {error:.3e}, allowed {bound:.3e}"
+            # A few spacings of float32 at the value itself, which tell where logits are small.
+            allowed = bound + 8 * torch.finfo(torch.float32).eps * right.abs().max().item()
+            assert error <= allowed, f"{entry.name}: {name}: error {error:.3e}, allowed {allowed:.3e}"
     if entry.mode == "exact":
         plain = codebook_search(problem.z, problem.codebook).indices
         differing = int((plain != found.indices).sum())

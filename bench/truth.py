@@ -61,16 +61,15 @@ def sample(indices: Tensor, k: int) -> Sample:
     """Some rows, some of the codes that ``indices`` select and some of those that they do not."""
     random = torch.Generator().manual_seed(7)
     used = indices.unique()
-    free = torch.ones(k, dtype=torch.bool)
+    free = torch.ones(k, dtype=torch.bool, device=indices.device)
     free[used] = False
     others = free.nonzero().squeeze(1)
 
     def some(values: Tensor, count: int) -> Tensor:
-        return values[torch.randperm(len(values), generator=random)[:count]]
+        return values[torch.randperm(len(values), generator=random)[:count].to(values.device)]
 
-    return Sample(
-        some(torch.arange(len(indices)), SAMPLED_ROWS), some(used, SAMPLED_CODES), some(others, SAMPLED_CODES)
-    )
+    rows = torch.arange(len(indices), device=indices.device)
+    return Sample(some(rows, SAMPLED_ROWS), some(used, SAMPLED_CODES), some(others, SAMPLED_CODES))
 
 
 @dataclass
@@ -90,7 +89,7 @@ class _Rows:
 def _row_statistics(z: Tensor, codebook: Tensor) -> _Rows:
     n, k = len(z), len(codebook)
     best, log_sum, log_sum_tau, entropy = (z.new_empty(n) for _ in range(4))
-    indices, readout = torch.empty(n, dtype=torch.int64), torch.empty_like(z)
+    indices, readout = torch.empty(n, dtype=torch.int64, device=z.device), torch.empty_like(z)
     mean = z.new_zeros(k)
     for rows in _blocks(n, k):
         s = z[rows] @ codebook.T
@@ -136,12 +135,12 @@ def quantizer_step(
     grad_codes = pull[codes]
     # The first loss term pulls z directly, -2(z_q - z), and the second, -2(e - z): both from the code.
     grad_z = -2 * step * (code - z)
-    sampled = torch.zeros(n, dtype=torch.bool)
+    sampled = torch.zeros(n, dtype=torch.bool, device=z.device)
     sampled[where.rows] = True
     for block in _blocks(n, k):
         below = z[block] @ codebook.T - st.best[block, None]
         mean_c = torch.exp(below / TEMPERATURE - st.log_sum_tau[block, None]) @ c
-        rows = torch.arange(n)[block]
+        rows = torch.arange(n, device=z.device)[block]
         grad_codes += grad_logits(below[:, codes], rows, codebook[codes], c[codes], mean_c).T @ z[block]
         here = sampled[block]
         grad_z[rows[here]] += grad_logits(below[here], rows[here], codebook, c, mean_c[here]) @ codebook
@@ -169,7 +168,7 @@ def cross_entropy(
         p = torch.exp(hidden[rows] @ head[codes].T - lse[rows, None])
         return (p - (targets[rows, None] == codes).to(dtype)) / n
 
-    every = torch.arange(len(head))
+    every = torch.arange(len(head), device=head.device)
     found = {
         "loss": loss,
         "gradient of hidden": grad_logits(where.rows, every) @ head,

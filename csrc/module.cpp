@@ -2,9 +2,11 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "csrc/cupy_module.h"
 #include "csrc/skip_tolerance.h"
 #include "kernels/cpu/codebook.h"
 #include "kernels/cpu/kept_memory.h"
+#include "kernels/cuda/sweep_plan.h"
 
 namespace {
 
@@ -28,7 +30,12 @@ PyObject* has_cuda(PyObject*, PyObject*) {
 }
 
 // tile_shape(): rows and codes of a tile of the CPU kernels in use, and the smallest codebook that keeps
-// bounds.
+// bounds; cuda_tile_shape(): the same of the CUDA kernels, linked in or not.
+PyObject* cuda_tile_shape(PyObject*, PyObject*) {
+  return Py_BuildValue("iiL", ibq::cuda::kSweepTileRows, ibq::cuda::kSweepTileCodes,
+                       static_cast<long long>(ibq::cuda::kBoundedFrom));
+}
+
 PyObject* tile_shape(PyObject*, PyObject*) {
   const ibq::cpu::Kernels* kernels = ibq::cpu::kernels();
   if (kernels == nullptr) {
@@ -61,6 +68,10 @@ PyMethodDef methods[] = {
     {"cpu_isas", cpu_isas, METH_NOARGS, "Names of the CPU instruction sets available here, best first."},
     {"tile_shape", tile_shape, METH_NOARGS,
      "Rows, codes and smallest codebook of the CPU kernels' tile bounds."},
+    {"cuda_tile_shape", cuda_tile_shape, METH_NOARGS,
+     "Rows, codes and smallest codebook of the CUDA kernels' tile bounds."},
+    {"set_cupy_launcher", ibq::cupy::set_launcher, METH_O,
+     "Sets the object that makes the launches of namespace ibq_fast_cupy; returns the one before."},
     {"has_cuda", has_cuda, METH_NOARGS, "Whether CUDA kernels are linked in."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -1,12 +1,15 @@
 """ibq_fast: train, sample and measure image tokenizers with huge codebooks.
 
-Public names are imported on first use, so that ``import ibq_fast`` stays quick.
+Public names are imported on first use, so that ``import ibq_fast`` stays quick. Only where torch-npu is
+installed is PyTorch imported at once (:mod:`ibq_fast.npu` says why).
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from ibq_fast import npu
 
 __version__ = "0.1.0"
 
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
     from ibq_fast.ops import set_backend
     from ibq_fast.quantizer import IndexBackpropQuantizer, QuantizerConfig, QuantizerOutput, VectorQuantizer
     from ibq_fast.tokenizer import Tokenizer, TokenizerConfig
+
+
+npu.load()
 
 
 def __getattr__(name: str) -> Any:

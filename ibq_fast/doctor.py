@@ -7,7 +7,9 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator
-from importlib import metadata, util
+from importlib import metadata
+
+from ibq_fast import npu
 
 _PACKAGES = (
     "torch",
@@ -18,6 +20,7 @@ _PACKAGES = (
     "numpy",
     "pillow",
     "triton",
+    "cupy-cuda13x",
     "lpips",
     "torch-npu",
 )
@@ -29,6 +32,7 @@ def report() -> str:
         ("versions", _versions),
         ("compiled extension", _extension),
         ("devices", _devices),
+        ("GPU kernels shown to be right by committed results", _proven),
         ("backends", _backends),
     )
     lines: list[str] = []
@@ -93,12 +97,26 @@ def _devices() -> Iterator[str]:
         yield "CUDA            no device, though this torch is built for one"
     else:
         yield "CUDA            none: this torch is built for the CPU alone"
-    if util.find_spec("torch_npu") is None:
-        yield "NPU             none: torch-npu is not installed"
+    reason = npu.unavailable()
+    if reason is None:
+        module = torch.get_device_module("npu")
+        for i in range(module.device_count()):
+            yield f"npu:{i}           {module.get_device_name(i)}"
     else:
-        npu = getattr(torch, "npu", None)
-        count = npu.device_count() if npu is not None and npu.is_available() else 0
-        yield f"NPU             {count} devices"
+        yield f"NPU             none: {reason}"
+
+
+def _proven() -> Iterator[str]:
+    from ibq_fast.ops import proof
+
+    found: dict[tuple[str, str, bool], list[str]] = {}
+    for check in proof.committed().values():
+        key = check.architecture, check.backend, check.passed
+        found.setdefault(key, []).append(f"{check.op} ({check.dtype})")
+    for (architecture, backend, passed), subjects in sorted(found.items()):
+        yield f"{architecture:6} {backend:10} {'' if passed else 'failed: '}{', '.join(subjects)}"
+    if not found:
+        yield "none: no GPU kernel is chosen unless it is asked for"
 
 
 def _backends() -> Iterator[str]:

@@ -15,8 +15,8 @@ _BACKGROUND = 255
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB: uint8 [B,C,H,W] twice -> float64 [B]; equal images:
-    inf.
+    """Peak signal-to-noise ratio of each image in dB: uint8 [B,C,H,W] twice -> float64 [B] on the CPU (not
+    every device has float64); equal images: inf.
 
     Protocol: both rounded to uint8 first, the mean square error over all of an image's channels and pixels,
     peak 255. Averages over a set are means of these.
@@ -27,7 +27,7 @@ def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
             f"reconstructions: expected uint8 {list(images.shape)}, "
             f"got {reconstructions.dtype} {list(reconstructions.shape)}"
         )
-    error = (images.double() - reconstructions.double()).square().flatten(1).mean(1)
+    error = (images.cpu().double() - reconstructions.cpu().double()).square().flatten(1).mean(1)
     return 10 * torch.log10(255.0**2 / error)
 
 

@@ -11,6 +11,7 @@ from ibq_fast.ops import code_histogram
 def usage_figures(counts: Tensor) -> dict[str, float]:
     """Of how often each code was used, integers [K]: ``utilisation``, the share of codes used at least
     once, and ``perplexity``, the exponential of the use's entropy (K when all are used alike)."""
+    counts = counts.cpu()  # not every device has float64
     total = counts.sum()
     if int(total) == 0:
         return {"utilisation": 0.0, "perplexity": 0.0}

@@ -1,7 +1,8 @@
 """Operators of the codebook and of a linear head over its codes; no N×K tensor.
 
-Each module states one operator's contract. ``native`` (C++) and ``composite`` (chunked PyTorch, any device)
-offer the same schemas in the namespaces ``torch.ops.ibq_fast`` and ``torch.ops.ibq_fast_composite``.
+Each module states one operator's contract. ``native`` (C++), ``triton`` and ``composite`` (chunked PyTorch,
+any device) offer the same schemas in the namespaces ``ibq_fast``, ``ibq_fast_triton`` and
+``ibq_fast_composite`` of ``torch.ops``.
 """
 
 from ibq_fast.ops.backends import (

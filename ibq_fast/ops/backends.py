@@ -16,32 +16,35 @@ from typing import Any
 
 import torch
 
-from ibq_fast.ops import native
-from ibq_fast.ops.registration import COMPOSITE_NAMESPACE, overload
+from ibq_fast.ops import cupy, native, proof, triton
+from ibq_fast.ops.registration import COMPOSITE_NAMESPACE, NAMESPACES, overload
 
 ENVIRONMENT_VARIABLE = "IBQ_FAST_BACKEND"
-NAMES = ("native", "composite")
+NAMES = tuple(NAMESPACES)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
-# Devices on which the native kernels are chosen without being asked for. A GPU joins when a committed result
-# shows the kernels right on its architecture; until then it is served by a forced choice.
-NATIVE_AUTOMATIC = ("cpu",)
+# Devices whose kernels the tests of every build show to be right. Those of a GPU need a committed result for
+# its architecture (proof.py); until there is one they are served by a forced choice.
+PROVEN_BY_TESTS: tuple[str, ...] = ("cpu",)
+# Under Triton's interpreter, which is for tests.
+TRITON_PROVEN_BY_TESTS: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Backend:
     """One row: an implementation of ``op``.
 
-    devices: device types served, empty for all. automatic: device types on which it is chosen unasked, empty
-    for all. unavailable: why it cannot be used at all here, or None. call: the operator.
+    devices: device types served, empty for all. automatic: device types on which it is chosen unasked, None
+    for all; on a GPU that is not among them a committed result decides. unavailable: why it cannot be used at
+    all here, or None. call: the operator.
     """
 
     name: str
     op: str
     devices: tuple[str, ...]
-    automatic: tuple[str, ...]
+    automatic: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...]
     unavailable: str | None
     call: Callable[..., Any] | None
@@ -64,11 +67,14 @@ class Backend:
             return f"{self.name} does not take {dtype}"
         return None
 
-    def hesitation(self, device_type: str) -> str | None:
+    def hesitation(self, device_type: str, dtype: torch.dtype) -> str | None:
         """Why this row is not chosen unasked on the device, or None."""
-        if self.automatic and device_type not in self.automatic:
+        if self.automatic is None or device_type in self.automatic:
+            return None
+        if device_type != "cuda":
             return f"{self.name} kernels are not proven on this {device_type} and have to be asked for"
-        return None
+        doubt = proof.doubt(self.op, self.name, str(dtype).removeprefix("torch."))
+        return doubt and f"{doubt}: they have to be asked for"
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,15 @@ _forced_by_environment: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or Non
 
 def add(op: str, dtypes: tuple[torch.dtype, ...], also: tuple[str, ...] = ()) -> None:
     """Enter the rows of ``op``, preferred first; ``also`` names operators that its gradient needs."""
+    _TABLE[op] = (
+        _native(op, dtypes, also),
+        _triton(op, dtypes),
+        _cupy(op, dtypes, also),
+        Backend("composite", op, (), None, dtypes, None, overload(COMPOSITE_NAMESPACE, op)),
+    )
+
+
+def _native(op: str, dtypes: tuple[torch.dtype, ...], also: tuple[str, ...]) -> Backend:
     devices = tuple(
         device
         for device in native.device_types(op)
@@ -101,17 +116,41 @@ def add(op: str, dtypes: tuple[torch.dtype, ...], also: tuple[str, ...] = ()) ->
     if reason is None:
         missing = [name for name in (op, *also) if not native.registered(name)]
         reason = f"the built extension lacks {', '.join(missing)}: build it again" if missing else None
-    _TABLE[op] = (
-        Backend(
-            "native",
-            op,
-            devices,
-            NATIVE_AUTOMATIC,
-            tuple(dtype for dtype in dtypes if dtype in NATIVE_DTYPES),
-            reason,
-            overload(native.NAMESPACE, op) if reason is None else None,
-        ),
-        Backend("composite", op, (), (), dtypes, None, overload(COMPOSITE_NAMESPACE, op)),
+    return Backend(
+        "native",
+        op,
+        devices,
+        PROVEN_BY_TESTS,
+        tuple(dtype for dtype in dtypes if dtype in NATIVE_DTYPES),
+        reason,
+        overload(native.NAMESPACE, op) if reason is None else None,
+    )
+
+
+def _triton(op: str, dtypes: tuple[torch.dtype, ...]) -> Backend:
+    return Backend(
+        "triton",
+        op,
+        triton.device_types(),
+        TRITON_PROVEN_BY_TESTS,
+        tuple(dtype for dtype in dtypes if dtype in triton.dtypes()),
+        triton.UNAVAILABLE,
+        overload(triton.NAMESPACE, op) if triton.UNAVAILABLE is None else None,
+    )
+
+
+def _cupy(op: str, dtypes: tuple[torch.dtype, ...], also: tuple[str, ...]) -> Backend:
+    reason = cupy.UNAVAILABLE
+    if reason is None and not all(cupy.registered(name) for name in (op, *also)):
+        reason = f"CUDA kernels of {op} cannot be compiled at run time yet"
+    return Backend(
+        "cupy",
+        op,
+        ("cuda",),
+        PROVEN_BY_TESTS,
+        tuple(dtype for dtype in dtypes if dtype in cupy.DTYPES),
+        reason,
+        overload(cupy.NAMESPACE, op) if reason is None else None,
     )
 
 
@@ -160,7 +199,7 @@ def backend_report(device_type: str = "cpu", dtype: torch.dtype = torch.float32)
         except ValueError as error:
             chosen, why = None, str(error)
         for row in rows:
-            refusal = row.refusal(device_type, op_dtype) or row.hesitation(device_type)
+            refusal = row.refusal(device_type, op_dtype) or row.hesitation(device_type, op_dtype)
             report.append(
                 BackendStatus(
                     op,
@@ -201,7 +240,7 @@ def _decide(op: str, device_type: str, dtype: torch.dtype, requested: str | None
                 return row, f"forced by {origin}"
     passed_over = ""
     for row in rows:
-        refusal = row.refusal(device_type, dtype) or row.hesitation(device_type)
+        refusal = row.refusal(device_type, dtype) or row.hesitation(device_type, dtype)
         if refusal is None:
             return row, passed_over
         passed_over = passed_over or refusal

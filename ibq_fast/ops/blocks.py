@@ -1,4 +1,5 @@
-"""What the composite operators share: blocks of rows × codes, their logits, online softmax state.
+"""What the composite operators share: blocks of rows × codes, their logits, online softmax state; and the
+norms of codes as a bias, which the Triton operators take from here.
 
 No tensor here is larger than a block (:data:`BLOCK_ELEMENTS`), N×D or K×D. Loops run over codes outside and
 rows inside, so that a block of a low-precision codebook is widened once.
@@ -13,9 +14,10 @@ from torch import Tensor
 
 # Elements of one rows × codes block by device type. On a CPU the elementwise passes over a block should find
 # it in the cache; elsewhere launch overhead asks for larger blocks. A backward holds about four blocks.
-BLOCK_ELEMENTS = {"cpu": 1 << 17}
+# An NPU (32 or 64 GiB) gets twice a GPU's block, 128 MiB in float32, since its launches cost more; a guess.
+BLOCK_ELEMENTS = {"cpu": 1 << 17, "npu": 1 << 25}
 DEFAULT_BLOCK_ELEMENTS = 1 << 24
-BLOCK_ROWS = {"cpu": 128}
+BLOCK_ROWS = {"cpu": 128, "npu": 4096}
 DEFAULT_BLOCK_ROWS = 4096
 
 # exp(-FAR) is 0 in float32 and float64 alike: differences of logits are cut there, so that a logit of minus
@@ -29,6 +31,15 @@ PEAK = 0.75
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bias_with_norms(codebook: Tensor, bias: Tensor | None, norm_weight: float) -> Tensor | None:
+    """bias - norm_weight · |codebook|² [K] in the statistics dtype; the bias itself for a weight of 0."""
+    if norm_weight == 0.0:
+        return bias
+    dtype = statistics_dtype(codebook.dtype)
+    norms = torch.linalg.vector_norm(codebook, dim=1, dtype=dtype).square() * -norm_weight
+    return norms if bias is None else norms + bias
 
 
 def slices(size: int, step: int) -> Iterator[slice]:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ibq_fast.ops import backends, checks, entropy, native, select
-from ibq_fast.ops.blocks import statistics_dtype
+from ibq_fast.ops import backends, checks, cupy, entropy, native, select
+from ibq_fast.ops.blocks import bias_with_norms
 from ibq_fast.ops.registration import Operator, no_second_derivative, overload, register, save_nothing
 
 NAME = "index_backprop"
@@ -66,7 +66,7 @@ def reference(
     z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, norm_weight: float, temperature: float
 ) -> tuple[Tensor, ...]:
     """The formulas themselves, with [N, K] tensors in memory; differentiable by autograd."""
-    bias = _with_norms(codebook, bias, norm_weight)
+    bias = bias_with_norms(codebook, bias, norm_weight)
     selected = select.reference(z, codebook, bias, scale)
     return *selected, *entropy.reference(z, codebook, bias, scale, temperature), z.new_empty((2, 0, 0))
 
@@ -74,7 +74,7 @@ def reference(
 def composite(
     z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, norm_weight: float, temperature: float
 ) -> tuple[Tensor, ...]:
-    bias = _with_norms(codebook, bias, norm_weight)
+    bias = bias_with_norms(codebook, bias, norm_weight)
     selected = select.composite(z, codebook, bias, scale)
     statistics = entropy.composite(z, codebook, bias, scale, temperature)
     return *selected, *statistics, z.new_empty((2, 0, 0), dtype=torch.float32)
@@ -98,7 +98,7 @@ def composite_backward(
     lse_tau: Tensor,
     tile_bound: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    whole = _with_norms(codebook, bias, norm_weight)
+    whole = bias_with_norms(codebook, bias, norm_weight)
     grads = select.composite_backward(grad_z_q, grad_codes, z, codebook, whole, scale, indices, lse, readout)
     others = entropy.composite_backward(
         grad_row_entropy, grad_mean_prob, z, codebook, whole, scale, temperature, lse_tau, row_entropy
@@ -107,14 +107,6 @@ def composite_backward(
     if norm_weight != 0.0:
         grad_codebook.addcmul_(codebook, grad_bias.to(codebook.dtype).unsqueeze(1), value=-2.0 * norm_weight)
     return grad_z, grad_codebook, grad_bias if bias is not None else grad_bias.new_empty(0)
-
-
-def _with_norms(codebook: Tensor, bias: Tensor | None, norm_weight: float) -> Tensor | None:
-    if norm_weight == 0.0:
-        return bias
-    dtype = statistics_dtype(codebook.dtype)
-    norms = torch.linalg.vector_norm(codebook, dim=1, dtype=dtype).square() * -norm_weight
-    return norms if bias is None else norms + bias
 
 
 def fake(
@@ -128,9 +120,10 @@ def fake(
 ) -> tuple[Tensor, ...]:
     selected = select.fake(namespace, z, codebook, bias, scale)
     statistics = entropy.fake(namespace, z, codebook, bias, scale, temperature)
-    tiles, blocks = (
-        native.tile_grid(z.shape[0], codebook.shape[0]) if namespace == native.NAMESPACE else (0, 0)
-    )
+    tiles, blocks = 0, 0
+    if namespace in (native.NAMESPACE, cupy.NAMESPACE):
+        device = z.device.type if namespace == native.NAMESPACE else "cuda"
+        tiles, blocks = native.tile_grid(z.shape[0], codebook.shape[0], device)
     return *selected, *statistics, z.new_empty((2, tiles, blocks), dtype=torch.float32)
 
 

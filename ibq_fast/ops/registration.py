@@ -1,7 +1,8 @@
 """One definition of an operator, registered in every namespace that offers it.
 
-``ibq_fast`` is defined by the C++ extension, ``ibq_fast_composite`` here. Both carry the same schemas, and
-both get the same shape function and the same derivative, so that they differ in arithmetic only.
+``ibq_fast`` is defined by the C++ extension, ``ibq_fast_triton`` by the Triton kernels, ``ibq_fast_cupy`` and
+``ibq_fast_composite`` here. All carry the same schemas, and all get the same shape function and the same
+derivative, so that they differ in arithmetic only.
 """
 
 from __future__ import annotations
@@ -12,10 +13,17 @@ from typing import Any
 
 import torch
 
-from ibq_fast.ops import native
+from ibq_fast.ops import cupy, native, triton
 
 COMPOSITE_NAMESPACE = "ibq_fast_composite"
+NAMESPACES = {
+    "native": native.NAMESPACE,
+    "triton": triton.NAMESPACE,
+    "cupy": cupy.NAMESPACE,
+    "composite": COMPOSITE_NAMESPACE,
+}
 _composite_library = torch.library.Library(COMPOSITE_NAMESPACE, "DEF")
+_cupy_library = torch.library.Library(cupy.NAMESPACE, "DEF")
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,18 @@ class Operator:
 
 
 def register(operator: Operator) -> None:
-    """Define ``operator`` in the composite namespace, and complete it in the native one where loaded."""
+    """Define ``operator`` in Python's namespaces, and complete it in every one that computes it."""
     _composite_library.define(operator.name + operator.arguments)
     _composite_library.impl(operator.name, _without_autocast(operator.composite), "CompositeExplicitAutograd")
     _complete(COMPOSITE_NAMESPACE, operator)
     if native.registered(operator.name):
         _complete(native.NAMESPACE, operator)
+    if triton.registered(operator.name):
+        triton.define(operator.name, operator.arguments)
+        _complete(triton.NAMESPACE, operator)
+    _cupy_library.define(operator.name + operator.arguments)
+    if cupy.registered(operator.name):
+        _complete(cupy.NAMESPACE, operator)
 
 
 def overload(namespace: str, name: str) -> torch._ops.OpOverload:
@@ -59,10 +73,11 @@ def overload(namespace: str, name: str) -> torch._ops.OpOverload:
 def saved_lse_dtype(namespace: str, dtype: torch.dtype) -> torch.dtype:
     """Dtype of a log-sum-exp kept for the backward, given that of z.
 
-    The native kernels keep float64, so that exp(S - lse) stays exact where logits are large; the composite
-    backend has to run on devices without float64, and measures the rounding of lse in the backward instead.
+    The native kernels (and CuPy's, which are the same) keep float64, so that exp(S - lse) stays exact where
+    logits are large; the others have to run on devices without float64, and measure the rounding of lse in
+    the backward instead.
     """
-    if namespace == native.NAMESPACE or dtype == torch.float64:
+    if namespace in (native.NAMESPACE, cupy.NAMESPACE) or dtype == torch.float64:
         return torch.float64
     return torch.float32
 

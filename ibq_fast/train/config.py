@@ -34,7 +34,8 @@ class RunConfig:
         max_minutes: minutes after which it ends, earlier parts of a resumed run included; with both set, at
             whichever comes first, and a decaying learning rate follows the one that is further on.
         device: auto takes what accelerate finds; cpu, cuda and npu insist.
-        mixed_precision: what matrix products and convolutions are computed in.
+        mixed_precision: what matrix products and convolutions are computed in; auto is bf16 on an NPU and
+            no (float32) elsewhere.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations on held-out data (0: only at the end).
         sample_every: steps between picture grids (0: only at the end).
@@ -52,7 +53,7 @@ class RunConfig:
     steps: int | None = None
     max_minutes: float | None = None
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     log_every: int = 50
     eval_every: int = 1000
     sample_every: int = 1000

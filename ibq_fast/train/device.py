@@ -1,12 +1,16 @@
-"""The accelerate object of a run: device, precision, processes."""
+"""The accelerate object of a run: device, precision, processes.
+
+Under torchrun, accelerate connects the processes: by NCCL on GPUs, HCCL on NPUs, Gloo on CPUs.
+"""
 
 from __future__ import annotations
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 
+from ibq_fast import npu
 from ibq_fast.train.config import RunConfig
 
 
@@ -19,9 +23,21 @@ def build_accelerator(run: RunConfig) -> Accelerator:
     # The process group is left standing.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
-    accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision=run.mixed_precision)
-    kind = accelerator.device.type
+    cpu = run.device == "cpu"
+    kind = PartialState(cpu=cpu).device.type
     if run.device not in ("auto", kind):
-        raise ValueError(f"run.device: expected a machine with {run.device}, accelerate found only {kind}")
+        reason = npu.unavailable() if run.device == "npu" else None
+        because = f": {reason}" if reason else ""
+        raise ValueError(
+            f"run.device: expected a machine with {run.device}, accelerate found only {kind}{because}"
+        )
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision(run, kind))
     set_seed(run.seed, device_specific=accelerator.num_processes > 1)
     return accelerator
+
+
+def precision(run: RunConfig, kind: str) -> str:
+    """accelerate's ``mixed_precision`` for a run on a device type: bf16 on an NPU unless the run says."""
+    if run.mixed_precision != "auto":
+        return run.mixed_precision
+    return "bf16" if kind == "npu" else "no"

@@ -127,13 +127,15 @@ class TokenizerTask:
         """
         quantizer = self.config.model.quantizer
         usage = CodebookUsage(quantizer.codebook_size, self.accelerator.device)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
+        sums = torch.zeros(3, dtype=torch.float64)
         for images, reconstruction, indices in self._reconstructed(self.config.run.eval_batches):
             quality = psnr(images, to_uint8(reconstruction)).clamp_max(100.0)
             sums[0] += quality.sum()
-            sums[1] += (reconstruction - to_float(images)).abs().double().flatten(1).mean(1).sum()
+            sums[1] += (reconstruction - to_float(images)).abs().flatten(1).mean(1).cpu().sum()
             sums[2] += len(images)
             usage.update(indices)
+        device = self.accelerator.device
+        sums = sums.to(torch.float32 if device.type == "npu" else torch.float64).to(device)
         sums, counts = self.accelerator.reduce((sums, usage.counts), "sum")
         total, distance, images_seen = sums.tolist()
         seen = max(images_seen, 1)

@@ -12,15 +12,10 @@
 //             flight by occupancy alone. One read serves both outputs.
 #pragma once
 
+#include "gather_plan.h"
 #include "intrinsics.cuh"
 
 namespace ibq::cuda {
-
-constexpr int kGatherThreads = 256;
-
-struct alignas(16) Word16 {
-  uint32_t part[4];
-};
 
 // row_words: words in a row. Grid: ceil(N / (kGatherThreads / 32)) blocks.
 template <typename Word>

@@ -13,12 +13,10 @@
 //             alone and the addresses hardly collide.
 #pragma once
 
+#include "histogram_plan.h"
 #include "intrinsics.cuh"
 
 namespace ibq::cuda {
-
-constexpr int kHistogramThreads = 512;
-constexpr int64_t kSharedHistogramCodes = 48 * 1024 / 4;
 
 // Dynamic shared memory: K 32-bit counters. A block sees fewer than 2^32 indices.
 IBQ_KERNEL(kHistogramThreads, 1)

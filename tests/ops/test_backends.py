@@ -71,18 +71,6 @@ def test_without_the_extension_everything_still_works(monkeypatch) -> None:
         ops.set_backend("native")
 
 
-def test_a_native_kernel_is_not_chosen_unasked_on_an_unproven_device(monkeypatch) -> None:
-    row = backends._TABLE["codebook_search"][0]
-    on_gpu = backends.Backend(
-        "native", row.op, ("cpu", "cuda"), ("cpu",), row.dtypes, row.unavailable, row.call
-    )
-    monkeypatch.setitem(backends._TABLE, "codebook_search", (on_gpu, backends._TABLE["codebook_search"][1]))
-    with pytest.warns(UserWarning, match="have to be asked for"):
-        chosen = backends.select("codebook_search", "cuda", torch.float32)
-    assert chosen is torch.ops.ibq_fast_composite.codebook_search.default
-    assert backends.select("codebook_search", "cuda", torch.float32, "native") is row.call
-
-
 def test_order_of_choices(monkeypatch) -> None:
     def chosen(requested=None) -> str:
         return backends.select("codebook_search", "cpu", torch.float32, requested).namespace
@@ -98,7 +86,7 @@ def test_order_of_choices(monkeypatch) -> None:
 
 @pytest.mark.parametrize("force", [ops.set_backend, lambda name: ops.code_histogram(_INDEX, 2, backend=name)])
 def test_an_unknown_choice_is_refused(force) -> None:
-    with pytest.raises(ValueError, match="backend: expected one of native, composite, got 'cudnn'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of native, .*, got 'cudnn'"):
         force("cudnn")
 
 
@@ -128,7 +116,7 @@ def test_environment_variable(monkeypatch) -> None:
     )
     assert done.stdout.split() == ["ibq_fast_composite"]
     monkeypatch.setattr(backends, "_forced_by_environment", "cudnn")
-    with pytest.raises(ValueError, match="expected one of native, composite, got 'cudnn'"):
+    with pytest.raises(ValueError, match=r"expected one of native, .*, got 'cudnn'"):
         ops.codebook_search(torch.zeros(1, 2), torch.zeros(3, 2))
 
 

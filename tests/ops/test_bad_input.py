@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ibq_fast.ops import code_histogram, codebook_entropy, codebook_search, straight_through_select
+from ibq_fast.ops import (
+    backends,
+    code_histogram,
+    codebook_entropy,
+    codebook_search,
+    straight_through_select,
+)
 
 Z, E = torch.zeros(4, 3), torch.zeros(5, 3)
 NAN = torch.tensor([[0.0, float("nan"), float("inf")]])
@@ -30,7 +36,7 @@ OPERANDS = {
     "bias: expected device cpu like z, got meta": (Z, E, {"bias": META[:, 0]}),
     "scale: expected a finite number, got nan": (Z, E, {"scale": float("nan")}),
     "z: expected finite values, got 2 NaN or infinite of 3": (NAN, E, {}),
-    "backend: expected one of native, composite, got 'fast'": (Z, E, {"backend": "fast"}),
+    f"backend: expected one of {', '.join(backends.NAMES)}, got 'fast'": (Z, E, {"backend": "fast"}),
 }
 
 

@@ -13,10 +13,16 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ibq_fast.ops import available_backends, cross_entropy, linear_cross_entropy
+from ibq_fast.ops import (
+    available_backends,
+    backends,
+    cross_entropy,
+    linear_cross_entropy,
+    registration,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMESPACES = {"native": "ibq_fast", "composite": "ibq_fast_composite"}
+NAMESPACES = {name: registration.NAMESPACES[name] for name in available_backends()}
 IGNORED = -7
 
 
@@ -37,7 +43,7 @@ def results(x, targets, smoothing, operator):
 
 
 def check(x, targets, smoothing, backend, error_ratio, floors) -> None:
-    operator = getattr(torch.ops, NAMESPACES[backend]).linear_cross_entropy
+    operator = getattr(torch.ops, backends.NAMESPACES[backend]).linear_cross_entropy
     ours = results(x, targets, smoothing, operator)
     eager = results(x, targets, smoothing, cross_entropy.reference)
     wide = x.to(torch.float64)
@@ -245,7 +251,7 @@ BAD = {
     },
     "label_smoothing: expected a number from 0 to 1, got 1.5": {"label_smoothing": 1.5},
     "reduction: expected one of mean, sum, none, got 'max'": {"reduction": "max"},
-    "backend: expected one of native, composite, got 'cudnn'": {"backend": "cudnn"},
+    f"backend: expected one of {', '.join(backends.NAMES)}, got 'cudnn'": {"backend": "cudnn"},
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ibq_fast.ops import codebook_entropy, entropy, search
+from ibq_fast.ops import backends, codebook_entropy, entropy, search
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -24,7 +24,7 @@ def results(x, tau, operator):
 
 
 def check(x, tau, backend, error_ratio, floors) -> None:
-    namespace = getattr(torch.ops, {"native": "ibq_fast", "composite": "ibq_fast_composite"}[backend])
+    namespace = getattr(torch.ops, backends.NAMESPACES[backend])
     ours = results(x, tau, namespace.softmax_statistics)
     eager = results(x, tau, entropy.reference)
     wide = x.to(torch.float64)

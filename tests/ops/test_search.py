@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ibq_fast.ops import codebook_search, search, straight_through_select
+from ibq_fast.ops import backends, codebook_search, search, straight_through_select
 
 SIZES = [(1, 1, 1), (97, 1025, 59), (5, 16, 111), (33, 3, 256), (8, 24, 8), (130, 257, 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -102,7 +102,7 @@ def test_a_masked_code_is_never_chosen(backend, operands, small_blocks) -> None:
 def test_a_nan_row_gives_index_zero(backend, operands, small_blocks) -> None:
     x = operands(4, 60, 8)
     x.z[2, 3] = float("nan")
-    namespace = getattr(torch.ops, {"native": "ibq_fast", "composite": "ibq_fast_composite"}[backend])
+    namespace = getattr(torch.ops, backends.NAMESPACES[backend])
     indices, best, lse = namespace.codebook_search(x.z, x.codebook, None, 1.0, True, False)
     assert indices[2] == 0
     assert bool(best[2].isnan())

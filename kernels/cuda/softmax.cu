@@ -1,0 +1,77 @@
+// ibq_cuda_softmax_* and ibq_cuda_cross_entropy_*: checks, plans on the current device, launches. UNRUN ON A
+// GPU.
+#include "launches.h"
+#include "sequences.h"
+
+namespace ibq::cuda {
+
+cudaError_t current_limits(DeviceLimits* limits) {
+  int device = 0, shared_per_multiprocessor = 0, shared_per_block = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  error =
+      cudaDeviceGetAttribute(&shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  limits->shared_per_multiprocessor = shared_per_multiprocessor;
+  limits->shared_per_block = shared_per_block;
+  return error;
+}
+
+}  // namespace ibq::cuda
+
+using namespace ibq::cuda;
+
+void ibq_cuda_bound_grid(int64_t N, int64_t K, int64_t* row_tiles, int64_t* code_tiles) {
+  bound_grid(N, K, LaunchLimits{}, row_tiles, code_tiles);
+}
+
+int ibq_cuda_softmax_forward_workspace(const ibq_problem* problem, const ibq_softmax_forward* args,
+                                       int64_t* bytes) {
+  StreamQueue queue(nullptr);
+  return ibq::cuda::workspace_bytes<ibq::cuda::ForwardWorkspace>(queue, problem, args, bytes);
+}
+
+int ibq_cuda_softmax_forward(const ibq_problem* problem, const ibq_softmax_forward* args, int deterministic,
+                             void* workspace, int64_t bytes, void* stream) {
+  StreamQueue queue(static_cast<cudaStream_t>(stream));
+  return ibq::cuda::run_softmax_forward(queue, *problem, *args, deterministic != 0, workspace, bytes);
+}
+
+int ibq_cuda_softmax_backward_workspace(const ibq_problem* problem, const ibq_softmax_backward* args,
+                                        int64_t* bytes) {
+  StreamQueue queue(nullptr);
+  return ibq::cuda::workspace_bytes<ibq::cuda::BackwardWorkspace>(queue, problem, args, bytes);
+}
+
+int ibq_cuda_softmax_backward(const ibq_problem* problem, const ibq_softmax_backward* args, int deterministic,
+                              void* workspace, int64_t bytes, void* stream) {
+  StreamQueue queue(static_cast<cudaStream_t>(stream));
+  return ibq::cuda::run_softmax_backward(queue, *problem, *args, deterministic != 0, workspace, bytes);
+}
+
+int ibq_cuda_cross_entropy_forward_workspace(const ibq_problem* problem, const ibq_cross_entropy* args,
+                                             int64_t* bytes) {
+  StreamQueue queue(nullptr);
+  return ibq::cuda::workspace_bytes<ibq::cuda::CrossEntropyForwardWorkspace>(queue, problem, args, bytes);
+}
+
+int ibq_cuda_cross_entropy_forward(const ibq_problem* problem, const ibq_cross_entropy* args, void* workspace,
+                                   int64_t bytes, void* stream) {
+  StreamQueue queue(static_cast<cudaStream_t>(stream));
+  return ibq::cuda::run_cross_entropy_forward(queue, *problem, *args, workspace, bytes);
+}
+
+int ibq_cuda_cross_entropy_backward_workspace(const ibq_problem* problem, const ibq_cross_entropy* args,
+                                              int64_t* bytes) {
+  StreamQueue queue(nullptr);
+  return ibq::cuda::workspace_bytes<ibq::cuda::CrossEntropyBackwardWorkspace>(queue, problem, args, bytes);
+}
+
+int ibq_cuda_cross_entropy_backward(const ibq_problem* problem, const ibq_cross_entropy* args,
+                                    int deterministic, void* workspace, int64_t bytes, void* stream) {
+  StreamQueue queue(static_cast<cudaStream_t>(stream));
+  return ibq::cuda::run_cross_entropy_backward(queue, *problem, *args, deterministic != 0, workspace, bytes);
+}

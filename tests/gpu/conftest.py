@@ -1,0 +1,179 @@
+"""Options and fixtures of the GPU tests: on which device, over which backends, and what is written down.
+
+``pytest tests/gpu`` runs on a CUDA device; without one it collects and ends with exit code 3 and the words
+"no CUDA device". ``--device cpu`` rehearses: the same code on the CPU's backends, to find mistakes in it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ibq_fast.ops import backends
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # its checks serve every device
+
+NO_DEVICE = 3
+_PLAN = pytest.StashKey[dict[str, "Subject"]]()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a test speaks about: an operator of a backend in a dtype."""
+
+    op: str
+    backend: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.backend}-{str(self.dtype).removeprefix('torch.')}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gpu")
+    group.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses without a GPU")
+    group.addoption(
+        "--checks", type=Path, help="append plan and outcomes to this file, one JSON object a line"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "ops(*names): the operators that the test is about")
+    config.stash[_PLAN] = {}
+
+
+def subjects(device: str, ops: tuple[str, ...]) -> list[Subject]:
+    """Every backend that serves one of ``ops`` on the device, in every dtype it takes but float64."""
+    return [
+        Subject(op, row.name, dtype)
+        for op in ops
+        for row in backends._TABLE[op]
+        for dtype in row.dtypes
+        if dtype != torch.float64 and row.refusal(device, dtype) is None
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "subject" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("ops")
+        assert marker is not None, f"{metafunc.definition.name}: expected a mark ops(...)"
+        found = subjects(metafunc.config.getoption("--device"), marker.args)
+        metafunc.parametrize("subject", found, ids=str)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    device = session.config.getoption("--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.exit(f"no CUDA device: {len(session.items)} tests collected, none run", returncode=NO_DEVICE)
+    for item in session.items:
+        if isinstance(item, pytest.Function) and "subject" in getattr(item, "callspec", item).params:
+            session.config.stash[_PLAN][item.nodeid] = item.callspec.params["subject"]
+    plan = {
+        node: [s.op, s.backend, str(s.dtype).removeprefix("torch.")]
+        for node, s in session.config.stash[_PLAN].items()
+    }
+    _write(session.config, {"plan": plan})
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    outcome = yield
+    report = outcome.get_result()
+    if report.when == "call" or report.failed:
+        _write(item.config, {"node": item.nodeid, "outcome": report.outcome})
+
+
+def _write(config: pytest.Config, record: dict[str, Any]) -> None:
+    path = config.getoption("--checks")
+    if path is not None:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class Device:
+    """The device under test; on the CPU streams and graphs are rehearsed by doing without."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.cuda = name == "cuda"
+
+    def put(self, x: Any) -> Any:
+        """An ``Operands`` with its tensors on the device."""
+        moved = {f.name: getattr(x, f.name) for f in fields(x)}
+        moved = {k: v.to(self.name) if isinstance(v, torch.Tensor) else v for k, v in moved.items()}
+        return replace(x, **moved)
+
+    def capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """``call`` as a CUDA graph: what replays it, and the tensors it writes. Warmed up as PyTorch asks."""
+        if not self.cuda:
+            held = [call()]
+
+            def again() -> None:
+                for old, new in zip(held[0], call(), strict=True):
+                    old.copy_(new)
+
+            return again, held[0]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call()
+        return graph.replay, out
+
+    def side_stream(self) -> AbstractContextManager[Any]:
+        """A stream that is not the current one, current while the context lasts."""
+        return torch.cuda.stream(torch.cuda.Stream()) if self.cuda else nullcontext()
+
+    def keep_busy(self) -> None:
+        """Occupy the current stream for some ten milliseconds."""
+        if self.cuda:
+            torch.cuda._sleep(20_000_000)
+
+    def forbid_waiting(self) -> AbstractContextManager[None]:
+        """Whatever PyTorch waits for on the host is an error while the context lasts."""
+        return _NoWaiting() if self.cuda else nullcontext()
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+
+class _NoWaiting(AbstractContextManager[None]):
+    def __enter__(self) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *exception: object) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> Device:
+    return Device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def sizes(device: Device) -> list[tuple[int, int, int]]:
+    """Ragged N, K, D: single ones, odd rows, one past a tile, enough codes for tile bounds."""
+    small = [(1, 1, 1), (97, 515, 59), (33, 3, 111)]
+    return [*small, (130, 257, 64), (300, 8200, 96), (129, 1025, 256)] if device.cuda else small
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms, PyTorch's and ours."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
