@@ -1,6 +1,7 @@
-// Launches the kernels of search_kernel.cuh. UNRUN ON A GPU.
+// Launches the kernels of search_kernel.cuh, or hands over to the Hopper ones. UNRUN ON A GPU.
 #include <cuda_runtime.h>
 
+#include "hopper/hopper.h"
 #include "ibq_cuda.h"
 #include "search_kernel.cuh"
 
@@ -79,8 +80,14 @@ int ibq_cuda_codebook_search_workspace(int64_t N, int64_t K, int64_t D, ibq_dtyp
                                        int64_t* bytes) {
   SearchPlan plan{};
   const cudaError_t error = plan_on_device(N, K, D, dtype, &plan);
-  if (error == cudaSuccess) *bytes = search_workspace_bytes(N, plan, with_lse != 0);
-  return error;
+  if (error != cudaSuccess) return error;
+  *bytes = search_workspace_bytes(N, plan, with_lse != 0);
+  if (hopper::refusal(N, K, D, dtype, 0) != nullptr) return cudaSuccess;
+  // Alignment, not known here, decides between the two: the larger serves both.
+  int64_t hopper_bytes = 0;
+  const int failed = hopper::codebook_search_workspace(N, K, D, with_lse, &hopper_bytes);
+  if (hopper_bytes > *bytes) *bytes = hopper_bytes;
+  return failed;
 }
 
 int ibq_cuda_codebook_search(const void* z, const void* codebook, const float* bias, float scale, int64_t N,
@@ -90,6 +97,10 @@ int ibq_cuda_codebook_search(const void* z, const void* codebook, const float* b
   const cudaError_t error = plan_on_device(N, K, D, dtype, &args.plan);
   if (error != cudaSuccess) return error;
   if (N == 0) return cudaSuccess;
+  const uint64_t addresses = reinterpret_cast<uintptr_t>(z) | reinterpret_cast<uintptr_t>(codebook);
+  if (hopper::refusal(N, K, D, dtype, addresses) == nullptr)
+    return hopper::codebook_search(z, codebook, bias, scale, N, K, D, dtype, indices, max, lse, workspace,
+                                   workspace_bytes, stream);
   if (workspace_bytes < search_workspace_bytes(N, args.plan, lse != nullptr)) return cudaErrorInvalidValue;
   args.z = static_cast<const unsigned char*>(z);
   args.codebook = static_cast<const unsigned char*>(codebook);

@@ -48,7 +48,7 @@ struct Result {
 
 template <bool kBf16, bool kWithLse>
 void run_kernels(const hopper::SearchParameters& p, const Case& c, Result& result) {
-  hopper::emulator::launch(p.plan.blocks, hopper::kSearchThreads, p.plan.shared_bytes, c.turns, c.delivery,
+  hopper::emulator::launch(p.plan.blocks, hopper::kStreamThreads, p.plan.shared_bytes, c.turns, c.delivery,
                            [&] { hopper::hopper_search_kernel<kBf16, kWithLse>(p); });
   SearchArguments finish{};
   finish.N = c.N;
@@ -70,7 +70,7 @@ Result search(const Case& c, const Problem& problem) {
   p.scale = c.scale;
   p.N = c.N;
   p.K = c.K;
-  p.plan = hopper::plan_search(c.N, c.K, c.D, c.multiprocessors, c.shared_limit);
+  p.plan = hopper::plan_stream(c.N, c.K, c.D, hopper::kResidentRows, c.multiprocessors, c.shared_limit);
   CHECK(p.plan.stages >= 2, "%s: no plan", c.name);
   const auto statistics = static_cast<size_t>(p.plan.schedule.splits * c.N);
   std::vector<float> split_max(statistics, quiet_nan()), split_sum(statistics, quiet_nan());

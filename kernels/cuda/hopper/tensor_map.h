@@ -12,8 +12,9 @@ namespace ibq::cuda::hopper {
 
 constexpr int kMapColumns = 64;
 
-// The 128 opaque bytes of a CUtensorMap. The copy engine wants them 64-byte aligned, in parameter space.
-struct alignas(64) TensorMap {
+// The 128 opaque bytes of a CUtensorMap. The copy engine wants them 64-byte aligned, in parameter space; CUDA
+// 13 declares 128.
+struct alignas(128) TensorMap {
   uint64_t word[16];
 };
 
