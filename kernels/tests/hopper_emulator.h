@@ -12,7 +12,6 @@
 //   wgmma order    wgmma.fence before registers are used; results appear at the wgmma.wait_group that covers
 //                  them and the registers hold NaN until then; operands in shared memory are read at issue
 //                  and again at completion and must not have changed
-//   proxies        what threads stored to shared memory may be read by wgmma only after fence.proxy.async
 //   setmaxnreg     allowed values, and that a block's warpgroups do not ask for more than the register file
 // It says nothing about speed.
 #pragma once
@@ -74,11 +73,6 @@ struct Accumulator {
 struct Group {
   std::vector<SharedOperand> operands;
   std::vector<float*> accumulators;  // thread 0's registers name one
-  struct RegisterOperand {
-    const uint32_t* at;
-    uint32_t bits[4];
-  };
-  std::vector<RegisterOperand> register_operands;
 };
 
 struct Warpgroup {
@@ -105,15 +99,13 @@ struct State {
   std::deque<BoxCopy> copies;
   std::vector<Warpgroup> warpgroups;
   std::array<NamedBarrier, 16> named;
-  std::vector<uint16_t> stored_by;  // for each 4 bytes of shared memory: 1 + thread, until its proxy fence
   uint64_t idle = 0;
 };
 inline State state;
 
 inline Warpgroup& my_warpgroup() { return state.warpgroups[threadIdx.x / kWarpgroup]; }
 
-// ---- Copies
-// ------------------------------------------------------------------------------------------------
+// --- Copies
 
 inline uint32_t swizzle_128(uint32_t address) { return address ^ (((address >> 7) & 7u) << 4); }
 
@@ -154,7 +146,6 @@ inline void deliver(const BoxCopy& copy) {
       if (address + 2 > block.shared_bytes) fail("a box does not fit into shared memory");
       std::memcpy(block.shared + address, &bits, 2);
       if (state.barriers.count(address / 8 * 8)) fail("a box overwrites an mbarrier");
-      state.stored_by[address / 4] = 0;
     }
   }
   MBarrier& barrier = barrier_at(copy.barrier);
@@ -173,8 +164,7 @@ inline void wait_a_turn() {
   cuda::emulator::yield(cuda::emulator::Waiting::for_block);
 }
 
-// ---- wgmma
-// -------------------------------------------------------------------------------------------------
+// --- wgmma
 
 // All 128 threads of the warpgroup meet; the last to come runs compute(slots).
 template <typename Slot, typename Compute>
@@ -213,7 +203,6 @@ inline uint32_t operand_address(uint64_t descriptor, bool mn_major, int i, int k
 
 inline uint16_t read_shared(uint32_t address) {
   if (address + 2 > block.shared_bytes) fail("wgmma reads beyond shared memory");
-  if (state.stored_by[address / 4] != 0) fail("wgmma reads a thread's store without fence.proxy.async");
   uint16_t bits;
   std::memcpy(&bits, block.shared + address, 2);
   return bits;
@@ -249,37 +238,20 @@ inline int accumulator_column(int thread, int r) { return r / 4 * 8 + thread % 4
 
 struct WgmmaThread {
   float* d;
-  const uint32_t* a_registers;
   uint64_t a, b;
   bool accumulate;
 };
 
-// a_registers null: A by descriptor a. B by descriptor b, MN-major where b_mn_major.
-inline void wgmma(WgmmaThread mine, int count, bool bf16, bool b_mn_major) {
+inline void wgmma(WgmmaThread mine, int count, bool bf16, bool a_mn_major, bool b_mn_major) {
   warpgroup_meeting(mine, [&](Warpgroup& group, std::array<WgmmaThread*, kWarpgroup>& threads) {
     const int columns = count * 2;
     for (const WgmmaThread* t : threads)
       if (t->a != threads[0]->a || t->b != threads[0]->b || t->accumulate != threads[0]->accumulate)
         fail("the threads of a wgmma disagree on its operands");
     std::vector<float> A(64 * 16), B(static_cast<size_t>(columns) * 16);
-    if (threads[0]->a_registers == nullptr) {
-      SharedOperand a{threads[0]->a, 64, false, read_operand(threads[0]->a, 64, false)};
-      for (size_t i = 0; i < A.size(); ++i) A[i] = to_float(a.bits[i], bf16);
-      group.open.operands.push_back(std::move(a));
-    } else {
-      if (!group.fenced) fail("wgmma uses registers of A without wgmma.fence");
-      for (int t = 0; t < kWarpgroup; ++t) {
-        Group::RegisterOperand kept{threads[t]->a_registers, {}};
-        std::memcpy(kept.bits, kept.at, 16);
-        for (int r = 0; r < 4; ++r)
-          for (int half = 0; half < 2; ++half) {
-            const int row = t / 32 * 16 + t % 32 / 4 + r % 2 * 8, k = r / 2 * 8 + t % 4 * 2 + half;
-            A[static_cast<size_t>(row) * 16 + k] =
-                to_float(static_cast<uint16_t>(kept.bits[r] >> (16 * half)), bf16);
-          }
-        group.open.register_operands.push_back(kept);
-      }
-    }
+    SharedOperand a{threads[0]->a, 64, a_mn_major, read_operand(threads[0]->a, 64, a_mn_major)};
+    for (size_t i = 0; i < A.size(); ++i) A[i] = to_float(a.bits[i], bf16);
+    group.open.operands.push_back(std::move(a));
     SharedOperand b{threads[0]->b, columns, b_mn_major, read_operand(threads[0]->b, columns, b_mn_major)};
     for (size_t i = 0; i < B.size(); ++i) B[i] = to_float(b.bits[i], bf16);
     group.open.operands.push_back(std::move(b));
@@ -318,8 +290,6 @@ inline void complete(Warpgroup& group, const Group& done) {
   for (const SharedOperand& o : done.operands)
     if (read_operand(o.descriptor, o.rows, o.mn_major) != o.bits)
       fail("shared memory changed under a wgmma in flight");
-  for (const Group::RegisterOperand& o : done.register_operands)
-    if (std::memcmp(o.at, o.bits, 16) != 0) fail("registers of A changed under a wgmma in flight");
   for (float* name : done.accumulators) {
     Accumulator& d = group.accumulators[name];
     if (--d.groups_in_flight > 0) continue;
@@ -332,8 +302,7 @@ inline void complete(Warpgroup& group, const Group& done) {
   }
 }
 
-// ---- A block's life
-// ----------------------------------------------------------------------------------------
+// --- A block's life
 
 inline void enter(int threads, Delivery delivery) {
   if (state.entered == 0) {
@@ -341,7 +310,6 @@ inline void enter(int threads, Delivery delivery) {
     state.delivery = delivery;
     state.threads = threads;
     state.warpgroups.resize(static_cast<size_t>(threads) / kWarpgroup);
-    state.stored_by.assign(block.shared_bytes / 4 + 1, 0);
   }
   ++state.entered;
 }
@@ -508,19 +476,11 @@ void wgmma_wait() {
 template <int kRegisters>
 void hold(float (&)[kRegisters]) {}
 
-template <bool kBf16, int kRegisters>
-void wgmma_ab(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
-  emulator::wgmma({d, nullptr, a, b, accumulate}, kRegisters, kBf16, false);
-}
+enum class Major : int { depth = 0, outer = 1 };
 
-template <bool kBf16, int kRegisters>
-void wgmma_rb(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  emulator::wgmma({d, a, 0, b, accumulate}, kRegisters, kBf16, true);
-}
-
-inline void async_proxy_fence() {
-  for (uint16_t& by : emulator::state.stored_by)
-    if (by == threadIdx.x + 1) by = 0;
+template <bool kBf16, Major kA, Major kB, int kRegisters>
+void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
+  emulator::wgmma({d, a, b, accumulate}, kRegisters, kBf16, kA == Major::outer, kB == Major::outer);
 }
 
 template <bool kBf16>

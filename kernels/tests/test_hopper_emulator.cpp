@@ -36,7 +36,7 @@ void test_layouts_are_cutes() {
   CHECK(along_columns(0, 0) == 0x4000004000010000u && along_rows<64>(0) == 0x4000004002000000u, "fields");
 }
 
-// One warpgroup multiplies what two boxes brought: d = a b^T for a, b [64, 64], then e += bf16(d) b.
+// One warpgroup multiplies what two boxes brought, a and b [64, 64]: d = a b^T, then e += a^T b.
 constexpr SharedAddress kA = 0, kB = 8192, kBarrier = 16384;
 constexpr int64_t kBytes = 16384 + 8;
 enum class Fault {
@@ -67,8 +67,8 @@ void program(const TensorMap& a, const TensorMap& b, Fault fault, float (*d_out)
   float d[32];
   if (fault != Fault::no_wgmma_fence) wgmma_fence();
   for (int step = 0; step < 4; ++step)
-    wgmma_ab<true>(d, columns_further(along_columns(kA + base, 0), step),
-                   columns_further(along_columns(kB, 0), step), step > 0);
+    wgmma<true, Major::depth, Major::depth>(d, columns_further(along_columns(kA + base, 0), step),
+                                            columns_further(along_columns(kB, 0), step), step > 0);
   wgmma_commit();
   if (fault == Fault::refill_in_flight && first) {
     barrier_arrive_expect(kBarrier, 8192);
@@ -86,12 +86,10 @@ void program(const TensorMap& a, const TensorMap& b, Fault fault, float (*d_out)
     d_out[threadIdx.x][i] = d[i];
     e[i] = 1.0f;
   }
-  uint32_t p[4][4];
-  for (int step = 0; step < 4; ++step)
-    for (int i = 0; i < 4; ++i) p[step][i] = pack_two<true>(d[8 * step + 2 * i], d[8 * step + 2 * i + 1]);
   wgmma_fence();
   for (int step = 0; step < 4; ++step)
-    wgmma_rb<true>(e, p[step], rows_further(along_rows<64>(kB), step), true);
+    wgmma<true, Major::outer, Major::outer>(e, rows_further(along_rows<64>(kA), step),
+                                            rows_further(along_rows<64>(kB), step), true);
   wgmma_commit();
   wgmma_wait<0>();
   for (int i = 0; i < 32; ++i) e_out[threadIdx.x][i] = e[i];
@@ -123,12 +121,7 @@ void test_products() {
         const double expected = column < 50 ? dot(run.a, row, run.b, column) : 0.0;
         CHECK(run.d[t][r] == expected, "d[%d, %d] is %g, not %g", row, column, run.d[t][r], expected);
         double sum = 1.0;
-        for (int j = 0; j < 50; ++j) {
-          const float rounded = emulator::to_float(
-              static_cast<uint16_t>(pack_two<true>(static_cast<float>(dot(run.a, row, run.b, j)), 0.0f)),
-              true);
-          sum += static_cast<double>(rounded) * run.b.get(j, column);
-        }
+        for (int j = 0; j < 50; ++j) sum += static_cast<double>(run.a.get(j, row)) * run.b.get(j, column);
         CHECK(run.e[t][r] == static_cast<float>(sum), "e[%d, %d] is %g, not %g", row, column, run.e[t][r],
               sum);
       }

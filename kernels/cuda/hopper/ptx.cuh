@@ -22,8 +22,7 @@ IBQ_DEVICE unsigned char* swizzled_shared() {
   return ibq_swizzled_shared;
 }
 
-// ---- mbarrier: a phase ends when `arrivals` threads have arrived and all expected bytes have come
-// ----------
+// --- mbarrier: a phase ends when `arrivals` threads have arrived and all expected bytes have come
 
 IBQ_DEVICE void barrier_init(SharedAddress barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -57,8 +56,7 @@ IBQ_DEVICE void barrier_wait(SharedAddress barrier, uint32_t parity) {
   } while (ended == 0);
 }
 
-// ---- The copy engine
-// ---------------------------------------------------------------------------------------
+// --- The copy engine
 
 IBQ_DEVICE void prefetch_tensor_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
@@ -74,8 +72,7 @@ IBQ_DEVICE void copy_box(SharedAddress dst, const TensorMap& map, int column, in
       : "memory");
 }
 
-// ---- Barriers among some of the block's threads (ids 1 to 15; __syncthreads is id 0)
-// ------------------------
+// --- Barriers among some of the block's threads (ids 1 to 15; __syncthreads is id 0)
 
 template <int kThreads>
 IBQ_DEVICE void named_barrier_sync(int id) {
@@ -87,8 +84,7 @@ IBQ_DEVICE void named_barrier_arrive(int id) {
   asm volatile("barrier.cta.arrive.aligned %0, %1;\n" ::"r"(id), "n"(kThreads) : "memory");
 }
 
-// ---- Registers of a warpgroup
-// ------------------------------------------------------------------------------
+// --- Registers of a warpgroup
 
 template <int kRegisters>
 IBQ_DEVICE void give_up_registers() {
@@ -100,15 +96,14 @@ IBQ_DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
 }
 
-// ---- wgmma
-// ------------------------------------------------------------------------------------------------- d [64, N]
-// += a [64, 16] b [N, 16]^T over 16-bit elements, N = 2 * registers of d. With w the warp of the warpgroup, g
-// = lane / 4, t = lane % 4: d[4f + e] is row 16w + g + 8(e / 2), column 8f + 2t + e % 2. a in registers is
-// the same layout, two elements a register: a[0] row g, a[1] row g + 8, columns 2t, 2t + 1; a[2], a[3]
-// columns 8 further.
-//   wgmma_ab    both in shared memory, both with the 16 contiguous
-//   wgmma_rb    a in registers, b in shared memory with N contiguous
-// The sum starts from zero where `accumulate` is false.
+// --- wgmma
+// d [64, N] += a [64, 16] b [N, 16]^T over 16-bit elements, N = 2 * registers of d, all through descriptors
+// (operand.cuh). With w the warp of the warpgroup, g = lane / 4, t = lane % 4: d[4f + e] is row
+// 16w + g + 8(e / 2), column 8f + 2t + e % 2. The sum starts from zero where `accumulate` is false.
+
+// Which dimension of an operand is contiguous in shared memory: the one summed over, or the rows (a), columns
+// (b).
+enum class Major : int { depth = 0, outer = 1 };
 
 IBQ_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 IBQ_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
@@ -145,22 +140,6 @@ IBQ_DEVICE void hold(float (&d)[kRegisters]) {
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define IBQ_HOLD_32(d, i) IBQ_HOLD_8(d, i), IBQ_HOLD_8(d, i + 8), IBQ_HOLD_8(d, i + 16), IBQ_HOLD_8(d, i + 24)
 
-// shape and types, register list, register operands, the numbers of the operands that follow them
-#define IBQ_WGMMA_AB(instruction, list, operands, a_number, b_number, flag_number)                \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag_number                                    \
-               ", 0;\n"                                                                           \
-               "wgmma.mma_async.sync.aligned." instruction " {" list "}, " a_number ", " b_number \
-               ", p, 1, 1, 0, 0;\n}\n"                                                            \
-               : operands                                                                         \
-               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
-#define IBQ_WGMMA_RB(instruction, list, operands, a_numbers, b_number, flag_number)                  \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag_number                                       \
-               ", 0;\n"                                                                              \
-               "wgmma.mma_async.sync.aligned." instruction " {" list "}, {" a_numbers "}, " b_number \
-               ", p, 1, 1, 1;\n}\n"                                                                  \
-               : operands                                                                            \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
-
 #define IBQ_WGMMA_LIST_1 IBQ_REGISTERS_0
 #define IBQ_WGMMA_LIST_2 IBQ_WGMMA_LIST_1 ", " IBQ_REGISTERS_1
 #define IBQ_WGMMA_LIST_3 IBQ_WGMMA_LIST_2 ", " IBQ_REGISTERS_2
@@ -170,53 +149,59 @@ IBQ_DEVICE void hold(float (&d)[kRegisters]) {
 #define IBQ_WGMMA_HOLD_3 IBQ_WGMMA_HOLD_2, IBQ_HOLD_32(d, 64)
 #define IBQ_WGMMA_HOLD_4 IBQ_WGMMA_HOLD_3, IBQ_HOLD_32(d, 96)
 
-template <bool kBf16, int kRegisters>
-IBQ_DEVICE void wgmma_ab(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(kRegisters == 32 || kRegisters == 64);
-  if constexpr (kRegisters == 32 && kBf16)
-    IBQ_WGMMA_AB("m64n64k16.f32.bf16.bf16", IBQ_WGMMA_LIST_1, IBQ_WGMMA_HOLD_1, "%32", "%33", "%34");
-  if constexpr (kRegisters == 32 && !kBf16)
-    IBQ_WGMMA_AB("m64n64k16.f32.f16.f16", IBQ_WGMMA_LIST_1, IBQ_WGMMA_HOLD_1, "%32", "%33", "%34");
-  if constexpr (kRegisters == 64 && kBf16)
-    IBQ_WGMMA_AB("m64n128k16.f32.bf16.bf16", IBQ_WGMMA_LIST_2, IBQ_WGMMA_HOLD_2, "%64", "%65", "%66");
-  if constexpr (kRegisters == 64 && !kBf16)
-    IBQ_WGMMA_AB("m64n128k16.f32.f16.f16", IBQ_WGMMA_LIST_2, IBQ_WGMMA_HOLD_2, "%64", "%65", "%66");
-}
+// shape and types, register list, register operands, the numbers of the operands that follow them
+#define IBQ_WGMMA(instruction, list, operands, a_number, b_number, flag_number, a_major, b_major) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag_number                                    \
+               ", 0;\n"                                                                           \
+               "wgmma.mma_async.sync.aligned." instruction " {" list "}, " a_number ", " b_number \
+               ", p, 1, 1, " a_major ", " b_major ";\n}\n"                                        \
+               : operands                                                                         \
+               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kA)),    \
+                 "n"(static_cast<int>(kB)))
 
-template <bool kBf16, int kRegisters>
-IBQ_DEVICE void wgmma_rb(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+template <bool kBf16, Major kA, Major kB, int kRegisters>
+IBQ_DEVICE void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(kRegisters == 32 || kRegisters == 64 || kRegisters == 96 || kRegisters == 128);
   if constexpr (kRegisters == 32 && kBf16)
-    IBQ_WGMMA_RB("m64n64k16.f32.bf16.bf16", IBQ_WGMMA_LIST_1, IBQ_WGMMA_HOLD_1, "%32, %33, %34, %35", "%36",
-                 "%37");
+    IBQ_WGMMA("m64n64k16.f32.bf16.bf16", IBQ_WGMMA_LIST_1, IBQ_WGMMA_HOLD_1, "%32", "%33", "%34", "%35",
+              "%36");
   if constexpr (kRegisters == 32 && !kBf16)
-    IBQ_WGMMA_RB("m64n64k16.f32.f16.f16", IBQ_WGMMA_LIST_1, IBQ_WGMMA_HOLD_1, "%32, %33, %34, %35", "%36",
-                 "%37");
+    IBQ_WGMMA("m64n64k16.f32.f16.f16", IBQ_WGMMA_LIST_1, IBQ_WGMMA_HOLD_1, "%32", "%33", "%34", "%35", "%36");
   if constexpr (kRegisters == 64 && kBf16)
-    IBQ_WGMMA_RB("m64n128k16.f32.bf16.bf16", IBQ_WGMMA_LIST_2, IBQ_WGMMA_HOLD_2, "%64, %65, %66, %67", "%68",
-                 "%69");
+    IBQ_WGMMA("m64n128k16.f32.bf16.bf16", IBQ_WGMMA_LIST_2, IBQ_WGMMA_HOLD_2, "%64", "%65", "%66", "%67",
+              "%68");
   if constexpr (kRegisters == 64 && !kBf16)
-    IBQ_WGMMA_RB("m64n128k16.f32.f16.f16", IBQ_WGMMA_LIST_2, IBQ_WGMMA_HOLD_2, "%64, %65, %66, %67", "%68",
-                 "%69");
+    IBQ_WGMMA("m64n128k16.f32.f16.f16", IBQ_WGMMA_LIST_2, IBQ_WGMMA_HOLD_2, "%64", "%65", "%66", "%67",
+              "%68");
   if constexpr (kRegisters == 96 && kBf16)
-    IBQ_WGMMA_RB("m64n192k16.f32.bf16.bf16", IBQ_WGMMA_LIST_3, IBQ_WGMMA_HOLD_3, "%96, %97, %98, %99", "%100",
-                 "%101");
+    IBQ_WGMMA("m64n192k16.f32.bf16.bf16", IBQ_WGMMA_LIST_3, IBQ_WGMMA_HOLD_3, "%96", "%97", "%98", "%99",
+              "%100");
   if constexpr (kRegisters == 96 && !kBf16)
-    IBQ_WGMMA_RB("m64n192k16.f32.f16.f16", IBQ_WGMMA_LIST_3, IBQ_WGMMA_HOLD_3, "%96, %97, %98, %99", "%100",
-                 "%101");
+    IBQ_WGMMA("m64n192k16.f32.f16.f16", IBQ_WGMMA_LIST_3, IBQ_WGMMA_HOLD_3, "%96", "%97", "%98", "%99",
+              "%100");
   if constexpr (kRegisters == 128 && kBf16)
-    IBQ_WGMMA_RB("m64n256k16.f32.bf16.bf16", IBQ_WGMMA_LIST_4, IBQ_WGMMA_HOLD_4, "%128, %129, %130, %131",
-                 "%132", "%133");
+    IBQ_WGMMA("m64n256k16.f32.bf16.bf16", IBQ_WGMMA_LIST_4, IBQ_WGMMA_HOLD_4, "%128", "%129", "%130", "%131",
+              "%132");
   if constexpr (kRegisters == 128 && !kBf16)
-    IBQ_WGMMA_RB("m64n256k16.f32.f16.f16", IBQ_WGMMA_LIST_4, IBQ_WGMMA_HOLD_4, "%128, %129, %130, %131",
-                 "%132", "%133");
+    IBQ_WGMMA("m64n256k16.f32.f16.f16", IBQ_WGMMA_LIST_4, IBQ_WGMMA_HOLD_4, "%128", "%129", "%130", "%131",
+              "%132");
 }
 
-#undef IBQ_WGMMA_AB
-#undef IBQ_WGMMA_RB
-
-// Ordinary stores to shared memory of this thread, before here, are seen by wgmma and the copy engine after.
-IBQ_DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+#undef IBQ_WGMMA
+#undef IBQ_HOLD_8
+#undef IBQ_HOLD_32
+#undef IBQ_REGISTERS_0
+#undef IBQ_REGISTERS_1
+#undef IBQ_REGISTERS_2
+#undef IBQ_REGISTERS_3
+#undef IBQ_WGMMA_LIST_1
+#undef IBQ_WGMMA_HOLD_1
+#undef IBQ_WGMMA_LIST_2
+#undef IBQ_WGMMA_HOLD_2
+#undef IBQ_WGMMA_LIST_3
+#undef IBQ_WGMMA_HOLD_3
+#undef IBQ_WGMMA_LIST_4
+#undef IBQ_WGMMA_HOLD_4
 
 // {low, high} rounded to nearest, packed.
 template <bool kBf16>

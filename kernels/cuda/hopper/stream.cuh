@@ -135,8 +135,10 @@ IBQ_DEVICE void consume(const Task& task, Epilogue& epilogue, const StreamPlan& 
         wgmma_fence();
         IBQ_UNROLL
         for (int step = 0; step < kPanelColumns / kDepth; ++step) {
-          wgmma_ab<kBf16>(s0, columns_further(rows0, step), columns_further(codes, step), panel + step > 0);
-          wgmma_ab<kBf16>(s1, columns_further(rows1, step), columns_further(codes, step), panel + step > 0);
+          wgmma<kBf16, Major::depth, Major::depth>(s0, columns_further(rows0, step),
+                                                   columns_further(codes, step), panel + step > 0);
+          wgmma<kBf16, Major::depth, Major::depth>(s1, columns_further(rows1, step),
+                                                   columns_further(codes, step), panel + step > 0);
         }
         wgmma_commit();
         if (panel > 0) {
