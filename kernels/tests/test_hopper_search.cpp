@@ -48,11 +48,12 @@ struct Result {
 
 template <bool kBf16, bool kWithLse>
 void run_kernels(const hopper::SearchParameters& p, const Case& c, Result& result) {
-  hopper::emulator::launch(p.plan.blocks, hopper::kStreamThreads, p.plan.shared_bytes, c.turns, c.delivery,
+  hopper::emulator::launch(hopper::stream_blocks(p.schedule, c.multiprocessors), hopper::kStreamThreads,
+                           p.plan.shared_bytes, c.turns, c.delivery,
                            [&] { hopper::hopper_search_kernel<kBf16, kWithLse>(p); });
   SearchArguments finish{};
   finish.N = c.N;
-  finish.plan.schedule = p.plan.schedule;
+  finish.plan.schedule = p.schedule;
   finish.split_max = p.split_max;
   finish.split_index = p.split_index;
   finish.split_sum = p.split_sum;
@@ -70,9 +71,10 @@ Result search(const Case& c, const Problem& problem) {
   p.scale = c.scale;
   p.N = c.N;
   p.K = c.K;
-  p.plan = hopper::plan_stream(c.N, c.K, c.D, hopper::kResidentRows, c.multiprocessors, c.shared_limit);
+  p.plan = hopper::plan_stream<hopper::WideRows>(c.D, 0, c.shared_limit);
+  p.schedule = make_tile_schedule(c.N, c.K, hopper::kSearchRows, hopper::kStreamCodes, c.multiprocessors);
   CHECK(p.plan.stages >= 2, "%s: no plan", c.name);
-  const auto statistics = static_cast<size_t>(p.plan.schedule.splits * c.N);
+  const auto statistics = static_cast<size_t>(p.schedule.splits * c.N);
   std::vector<float> split_max(statistics, quiet_nan()), split_sum(statistics, quiet_nan());
   std::vector<int32_t> split_index(statistics, -1);
   p.split_max = split_max.data();

@@ -24,11 +24,14 @@ struct SearchParameters {
   const float* bias;   // null: none
   float scale;
   int64_t N, K;
+  TileSchedule schedule;  // row tiles of kSearchRows
   StreamPlan plan;
   float* split_max;      // [splits, N]
   int32_t* split_index;  // [splits, N]
   float* split_sum;      // [splits, N], with lse
 };
+
+constexpr int kSearchRows = 2 * kBoxRows;
 
 namespace search {
 
@@ -36,8 +39,10 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 struct Task {
   const SearchParameters& p;
-  IBQ_DEVICE Box resident(int64_t item, int half) const {
-    return {&p.z, static_cast<int>(p.plan.schedule.row_tile(item)) * kResidentRows + half * kBoxRows};
+  IBQ_DEVICE TileSchedule schedule() const { return p.schedule; }
+  IBQ_DEVICE Box codes(int tile) const { return {&p.codebook, tile * kStreamCodes}; }
+  IBQ_DEVICE Box resident(int64_t item, int i) const {
+    return {&p.z, static_cast<int>(p.schedule.row_tile(item)) * kSearchRows + i * kBoxRows};
   }
   IBQ_DEVICE bool live(int64_t, int) const { return true; }
 };
@@ -127,7 +132,7 @@ struct Epilogue {
   IBQ_DEVICE void end(int64_t item) {
     const int lane = static_cast<int>(threadIdx.x) & 31;
     const int warp = static_cast<int>(threadIdx.x) >> 5 & 3;
-    const int64_t tile_row = p.plan.schedule.row_tile(item) * kResidentRows + first_row;
+    const int64_t tile_row = p.schedule.row_tile(item) * kSearchRows + first_row;
     IBQ_UNROLL
     for (int slot = 0; slot < 4; ++slot) {
       RowStats row{max[slot], sum[slot], index[slot]};
@@ -139,7 +144,7 @@ struct Epilogue {
       }
       const int64_t row_index = tile_row + slot / 2 * 64 + 16 * warp + (lane >> 2) + slot % 2 * 8;
       if ((lane & 3) != 0 || row_index >= p.N) continue;
-      const int64_t place = p.plan.schedule.split(item) * p.N + row_index;
+      const int64_t place = p.schedule.split(item) * p.N + row_index;
       p.split_max[place] = row.max;
       p.split_index[place] = row.index;
       if constexpr (kWithLse) p.split_sum[place] = row.sum;
@@ -149,7 +154,8 @@ struct Epilogue {
 
 }  // namespace search
 
-// Grid: plan.blocks blocks of kStreamThreads, plan.shared_bytes of dynamic shared memory.
+// Grid: stream_blocks(schedule, multiprocessors) blocks of kStreamThreads, plan.shared_bytes of dynamic
+// shared memory.
 template <bool kBf16, bool kWithLse>
 IBQ_KERNEL(kStreamThreads, 1)
 hopper_search_kernel(const IBQ_GRID_CONSTANT SearchParameters p) {
@@ -158,19 +164,19 @@ hopper_search_kernel(const IBQ_GRID_CONSTANT SearchParameters p) {
   const search::Task task{p};
   if (threadIdx.x < 128) {
     give_up_registers<24>();
-    if (threadIdx.x == 0) produce(task, p.plan, p.codebook, shared, barriers);
+    if (threadIdx.x == 0) produce<WideRows>(task, p.plan, shared, barriers);
   } else {
     take_registers<240>();
     const int warpgroup = static_cast<int>(threadIdx.x) / 128 - 1;
     const int first_row = warpgroup * kBoxRows;
     search::Epilogue<kWithLse> epilogue(p, first_row);
-    consume<kBf16>(task, epilogue, p.plan, shared, barriers, warpgroup, first_row, first_row + 64);
+    consume<kBf16, WideRows>(task, epilogue, p.plan, shared, barriers, warpgroup, first_row, first_row + 64);
   }
 }
 
 // The workspace holds, split by split, max [N], index [N] and, with lse, sum [N], 4 bytes each.
-IBQ_HD int64_t search_workspace_bytes(int64_t N, const StreamPlan& plan, bool with_lse) {
-  return plan.schedule.splits * N * (with_lse ? 12 : 8);
+IBQ_HD int64_t search_workspace_bytes(int64_t N, const TileSchedule& schedule, bool with_lse) {
+  return schedule.splits * N * (with_lse ? 12 : 8);
 }
 
 }  // namespace ibq::cuda::hopper

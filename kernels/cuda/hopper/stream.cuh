@@ -1,16 +1,17 @@
 // The frame of the Hopper kernels that form logits: rows stay in shared memory, codes stream past them.
 //
-// One producer thread drives the copy engine; two consumer warpgroups multiply. 256 rows × all columns (up to
-// 256) are resident; the codebook comes through a ring of panels, 128 codes × 64 columns (16 KB), each read
-// by both warpgroups. At D = 256 that is 128 KB + 6 × 16 KB.
-//   * A warpgroup multiplies two blocks of 64 resident rows by 128 codes: 2 × m64n128, 128 accumulators a
-//     thread. The blocks are 128 rows of one matrix, or 64 rows each of two (z and g). A panel is 8 wgmma of
-//     64 cycles that read 6 KB of shared memory each (96 of 128 bytes a cycle).
-//   * 256 resident rows: a code tile costs 4096 tensor cycles at D = 256 for 64 KB of L2 traffic, 16 bytes a
-//     cycle and multiprocessor, half of what L2 sustains. 128 rows × 256 codes reads less shared memory (80
-//     bytes a cycle) but needs twice the L2 traffic, or clusters.
+// One producer thread drives the copy engine; two consumer warpgroups multiply. The codebook comes through a
+// ring of panels of 64 columns (16 KB for 128 codes), each read by both warpgroups; the resident rows keep
+// all columns (up to 256).
+//   * A warpgroup multiplies two pairs of 64 rows and 128 codes in a step: 2 × m64n128, 128 accumulators a
+//     thread. A panel is 8 wgmma of 64 cycles that read 6 KB of shared memory each (96 of 128 bytes a cycle).
+//   * WideRows: 256 resident rows (of one matrix, or 128 of z and 128 of g) and one tile of codes. A step
+//   costs
+//     4096 tensor cycles at D = 256 for 64 KB of L2 traffic, 16 bytes a cycle and multiprocessor. 128 + 6 ×
+//     16 KB.
+//   * WideCodes: 128 resident rows and two tiles, 32 bytes a cycle; for work cut in 128 rows. 64 + 5 × 32 KB.
 //   * The warpgroups take turns on the tensor cores (named barriers): while one multiplies (2048 cycles at
-//     D = 256) the other runs its epilogue. The turn passes when only the last panel of a tile is still in
+//     D = 256) the other runs its epilogue. The turn passes when only the last panel of a step is still in
 //     flight, so the tensor cores never run dry.
 //   * setmaxnreg moves registers from the producer (24) to the consumers (240).
 // Work items are (row tile, split of the codes), row tile first, so that blocks of one wave walk the same
@@ -49,75 +50,94 @@ struct RingPlace {
   }
 };
 
-// Task (the same object's members serve producer and consumers):
-//   resident(item, half, column) -> Box     the map and first row of 128 of the resident rows
-//   live(item, tile)                        whether the tile is formed at all; the same for every thread
+// Where 128 rows come from.
 struct Box {
   const TensorMap* map;
   int row;
 };
 
-template <typename Task>
-IBQ_DEVICE void produce(const Task& task, const StreamPlan& plan, const TensorMap& codebook,
-                        SharedAddress shared, const Barriers& barriers) {
-  const SharedAddress ring = shared + static_cast<SharedAddress>(plan.panels * kRowPanelBytes);
-  prefetch_tensor_map(codebook);
+// A Task says what the work is, to producer and consumers alike:
+//   schedule()               its items
+//   codes(tile)              Box of a tile of codes
+//   resident(item, i)        Box i of the resident rows
+//   live(item, tile)         whether the tile is formed at all
+template <typename Shape, typename Task>
+IBQ_DEVICE bool step_is_live(const Task& task, int64_t item, int tile, int end_tile) {
+  return task.live(item, tile) || (Shape::kTiles == 2 && tile + 1 < end_tile && task.live(item, tile + 1));
+}
+
+template <typename Shape, typename Task>
+IBQ_DEVICE void produce(const Task& task, const StreamPlan& plan, SharedAddress shared,
+                        const Barriers& barriers) {
+  constexpr int kStageBytes = Shape::kTiles * kBoxBytes;
+  const int row_bytes = plan.panels * Shape::kResident * kBoxBytes;
+  const SharedAddress ring = shared + static_cast<SharedAddress>(row_bytes);
+  const TileSchedule schedule = task.schedule();
   RingPlace place;
   uint32_t rows_parity = 1;  // a wait for the phase before the first returns at once
   IBQ_UNROLL_BY(1)
-  for (int64_t item = blockIdx.x; item < plan.schedule.blocks(); item += gridDim.x) {
-    const Box first = task.resident(item, 0), second = task.resident(item, 1);
+  for (int64_t item = blockIdx.x; item < schedule.blocks(); item += gridDim.x) {
     barrier_wait(barriers.rows_empty(), rows_parity);
     rows_parity ^= 1;
-    barrier_arrive_expect(barriers.rows_full(), plan.panels * kRowPanelBytes);
+    barrier_arrive_expect(barriers.rows_full(), row_bytes);
     IBQ_UNROLL_BY(1)
-    for (int panel = 0; panel < plan.panels; ++panel) {
-      const SharedAddress dst = shared + static_cast<SharedAddress>(panel * kRowPanelBytes);
-      copy_box(dst, *first.map, panel * kMapColumns, first.row, barriers.rows_full());
-      copy_box(dst + kRowPanelBytes / 2, *second.map, panel * kMapColumns, second.row, barriers.rows_full());
+    for (int piece = 0; piece < plan.panels * Shape::kResident; ++piece) {
+      const Box box = task.resident(item, piece % Shape::kResident);
+      copy_box(shared + static_cast<SharedAddress>(piece * kBoxBytes), *box.map,
+               piece / Shape::kResident * kMapColumns, box.row, barriers.rows_full());
     }
-    const int end_tile = static_cast<int>(plan.schedule.end_tile(item));
+    const int end_tile = static_cast<int>(schedule.end_tile(item));
     IBQ_UNROLL_BY(1)
-    for (int tile = static_cast<int>(plan.schedule.first_tile(item)); tile < end_tile; ++tile) {
-      if (!task.live(item, tile)) continue;
+    for (int tile = static_cast<int>(schedule.first_tile(item)); tile < end_tile; tile += Shape::kTiles) {
+      if (!step_is_live<Shape>(task, item, tile, end_tile)) continue;
       IBQ_UNROLL_BY(1)
       for (int panel = 0; panel < plan.panels; ++panel) {
+        const SharedAddress stage = ring + static_cast<SharedAddress>(place.stage * kStageBytes);
         barrier_wait(barriers.empty(place.stage), place.parity ^ 1);
-        barrier_arrive_expect(barriers.full(place.stage), kCodePanelBytes);
-        copy_box(ring + static_cast<SharedAddress>(place.stage * kCodePanelBytes), codebook,
-                 panel * kMapColumns, tile * kStreamCodes, barriers.full(place.stage));
+        barrier_arrive_expect(barriers.full(place.stage), kStageBytes);
+        IBQ_UNROLL
+        for (int i = 0; i < Shape::kTiles; ++i) {
+          const Box box = task.codes(tile + i);
+          copy_box(stage + static_cast<SharedAddress>(i * kBoxBytes), *box.map, panel * kMapColumns, box.row,
+                   barriers.full(place.stage));
+        }
         place.advance(plan.stages);
       }
     }
   }
 }
 
-// Epilogue, one to a thread:
-//   begin(item)           before the first tile
-//   prepare(tile)         loads, while the products are under way
-//   fold(tile, s0, s1)    the products of the two blocks
-//   skip(tile)            instead of both where the tile is not live
+// An Epilogue, one to a thread, does the rest:
+//   begin(item)              before the first tile
+//   prepare(tile)            loads, while the products are under way
+//   fold(tile, s0, s1)       the products: WideRows, the warpgroup's two blocks of 64 rows with the tile's
+//   codes;
+//                            WideCodes, its 64 rows with the codes of tile and of tile + 1
+//   skip(tile)               instead of both where the step is not live
 //   end(item)
-// Blocks are the resident rows first_block + 64 rows, and `second_block`.
-template <bool kBf16, typename Task, typename Epilogue>
+// A warpgroup's rows are 64 from first_block and 64 from second_block on.
+template <bool kBf16, typename Shape, typename Task, typename Epilogue>
 IBQ_DEVICE void consume(const Task& task, Epilogue& epilogue, const StreamPlan& plan, SharedAddress shared,
                         const Barriers& barriers, int warpgroup, int first_block, int second_block) {
+  constexpr int kStageBytes = Shape::kTiles * kBoxBytes;
   const int lane = static_cast<int>(threadIdx.x) & 31;
-  const SharedAddress ring = shared + static_cast<SharedAddress>(plan.panels * kRowPanelBytes);
+  const SharedAddress ring = shared + static_cast<SharedAddress>(plan.panels * Shape::kResident * kBoxBytes);
+  const TileSchedule schedule = task.schedule();
   RingPlace place;
   uint32_t rows_parity = 0;
-  // Every turn is handed over by the other's last one; the first of warpgroup 0 by this, and the one that
-  // warpgroup 1 would hand over at the end is taken below.
+  // The first turn of warpgroup 0 is handed over here; the last that warpgroup 1 hands over is taken at the
+  // end.
   if (warpgroup == 1) named_barrier_arrive<256>(kTurnBarrier);
   IBQ_UNROLL_BY(1)
-  for (int64_t item = blockIdx.x; item < plan.schedule.blocks(); item += gridDim.x) {
+  for (int64_t item = blockIdx.x; item < schedule.blocks(); item += gridDim.x) {
     epilogue.begin(item);
-    const int32_t end_tile = static_cast<int32_t>(plan.schedule.end_tile(item));
+    const int32_t end_tile = static_cast<int32_t>(schedule.end_tile(item));
     barrier_wait(barriers.rows_full(), rows_parity);
     rows_parity ^= 1;
     IBQ_UNROLL_BY(1)
-    for (int32_t tile = static_cast<int32_t>(plan.schedule.first_tile(item)); tile < end_tile; ++tile) {
-      if (!task.live(item, tile)) {
+    for (int32_t tile = static_cast<int32_t>(schedule.first_tile(item)); tile < end_tile;
+         tile += Shape::kTiles) {
+      if (!step_is_live<Shape>(task, item, tile, end_tile)) {
         epilogue.skip(tile);
         continue;
       }
@@ -127,18 +147,19 @@ IBQ_DEVICE void consume(const Task& task, Epilogue& epilogue, const StreamPlan& 
       IBQ_UNROLL_BY(1)
       for (int panel = 0; panel < plan.panels; ++panel) {
         barrier_wait(barriers.full(place.stage), place.parity);
-        const SharedAddress rows = shared + static_cast<SharedAddress>(panel * kRowPanelBytes);
+        const SharedAddress rows = shared + static_cast<SharedAddress>(panel * Shape::kResident * kBoxBytes);
+        const SharedAddress stage = ring + static_cast<SharedAddress>(place.stage * kStageBytes);
         const uint64_t rows0 = along_columns(rows, first_block);
         const uint64_t rows1 = along_columns(rows, second_block);
-        const uint64_t codes =
-            along_columns(ring + static_cast<SharedAddress>(place.stage * kCodePanelBytes), 0);
+        const uint64_t codes0 = along_columns(stage, 0);
+        const uint64_t codes1 = along_columns(stage, (Shape::kTiles - 1) * kStreamCodes);
         wgmma_fence();
         IBQ_UNROLL
         for (int step = 0; step < kPanelColumns / kDepth; ++step) {
           wgmma<kBf16, Major::depth, Major::depth>(s0, columns_further(rows0, step),
-                                                   columns_further(codes, step), panel + step > 0);
+                                                   columns_further(codes0, step), panel + step > 0);
           wgmma<kBf16, Major::depth, Major::depth>(s1, columns_further(rows1, step),
-                                                   columns_further(codes, step), panel + step > 0);
+                                                   columns_further(codes1, step), panel + step > 0);
         }
         wgmma_commit();
         if (panel > 0) {

@@ -7,43 +7,51 @@
 namespace ibq::cuda::hopper {
 
 constexpr int kStreamThreads = 384;     // a producer and two consumer warpgroups
-constexpr int kResidentRows = 256;      // in shared memory: 4 blocks of 64, two for each consumer
 constexpr int kBoxRows = 128;           // rows that one copy brings
-constexpr int kStreamCodes = kBoxRows;  // codes in a streamed tile
+constexpr int kStreamCodes = kBoxRows;  // codes in a tile
 constexpr int kPanelColumns = 64;
-constexpr int kRowPanelBytes = kResidentRows * 128;
-constexpr int kCodePanelBytes = kStreamCodes * 128;
+constexpr int kBoxBytes = kBoxRows * 128;
 constexpr int kMaxStages = 8;
 constexpr int64_t kMaxColumns = 256;
 
-struct StreamPlan {
-  TileSchedule schedule;
-  int panels;  // of 64 columns
-  int stages;  // code panels in flight; 0: does not fit
-  int64_t barriers_at;
-  int64_t shared_bytes;
-  int64_t blocks;  // launched; each takes every blocks-th work item
+// What meets in a step: boxes of 128 rows that stay in shared memory, and tiles of 128 codes that pass by.
+struct WideRows {  // 256 rows of one matrix, or 128 of two
+  static constexpr int kResident = 2, kTiles = 1;
+};
+struct WideCodes {  // 128 rows and two tiles
+  static constexpr int kResident = 1, kTiles = 2;
 };
 
-// Resident rows, then the ring, then two barriers a stage and two for the rows. tile_rows: rows of the output
-// in a work item, 256, or 128 where two operands of 128 rows are resident.
-IBQ_HD StreamPlan plan_stream(int64_t N, int64_t K, int64_t D, int tile_rows, int multiprocessors,
-                              int64_t shared_limit) {
+struct StreamPlan {
+  int panels;  // of 64 columns
+  int stages;  // panels of a step's tiles in flight; 0: does not fit
+  int64_t barriers_at;
+  int64_t extra_at;  // what the epilogue asked for
+  int64_t shared_bytes;
+};
+
+// Resident rows, then the ring, then two barriers a stage and two for the rows, then extra_bytes.
+template <typename Shape>
+IBQ_HD StreamPlan plan_stream(int64_t D, int64_t extra_bytes, int64_t shared_limit) {
   StreamPlan plan{};
   plan.panels = static_cast<int>(ceil_div(D, int64_t{kPanelColumns}));
-  const int64_t row_bytes = int64_t{plan.panels} * kRowPanelBytes;
+  const int64_t row_bytes = int64_t{plan.panels} * Shape::kResident * kBoxBytes;
+  const int64_t stage_bytes = int64_t{Shape::kTiles} * kBoxBytes;
   const int64_t barrier_bytes = (2 * kMaxStages + 2) * 8;
-  const int64_t room = shared_limit - row_bytes - barrier_bytes;
-  int64_t stages = room > 0 ? room / kCodePanelBytes : 0;
+  const int64_t room = shared_limit - row_bytes - barrier_bytes - extra_bytes;
+  int64_t stages = room > 0 ? room / stage_bytes : 0;
   if (stages > kMaxStages) stages = kMaxStages;
-  // One warpgroup goes through all panels of a tile before the other begins: fewer stages would deadlock.
+  // One warpgroup goes through all panels of a step before the other begins: fewer stages would deadlock.
   plan.stages = stages >= 2 && stages >= plan.panels ? static_cast<int>(stages) : 0;
-  plan.barriers_at = row_bytes + plan.stages * int64_t{kCodePanelBytes};
-  plan.shared_bytes = plan.barriers_at + barrier_bytes;
-  plan.schedule = make_tile_schedule(N, K, tile_rows, kStreamCodes, multiprocessors);
-  const int64_t items = plan.schedule.blocks();
-  plan.blocks = items < multiprocessors ? items : multiprocessors;
+  plan.barriers_at = row_bytes + plan.stages * stage_bytes;
+  plan.extra_at = plan.barriers_at + barrier_bytes;
+  plan.shared_bytes = plan.extra_at + extra_bytes;
   return plan;
+}
+
+// Blocks that take the items of a schedule in turn.
+IBQ_HD int64_t stream_blocks(const TileSchedule& schedule, int multiprocessors) {
+  return schedule.blocks() < multiprocessors ? schedule.blocks() : multiprocessors;
 }
 
 // What the copy engine and the tiles ask of a matrix of 16-bit elements; null if it can be taken.
@@ -51,7 +59,7 @@ inline const char* stream_refusal(int64_t N, int64_t K, int64_t D, bool is_16_bi
   if (!is_16_bit) return "float32 operands";
   if (D % kPanelColumns != 0 || D > kMaxColumns) return "D is not 64, 128, 192 or 256";
   if (address_bits % 16 != 0) return "rows are not 16-byte aligned";
-  if (N > (int64_t{1} << 31) - kResidentRows || K > (int64_t{1} << 31) - kStreamCodes)
+  if (N > (int64_t{1} << 31) - 2 * kBoxRows || K > (int64_t{1} << 31) - 2 * kStreamCodes)
     return "more rows than the copy engine addresses";
   return nullptr;
 }
