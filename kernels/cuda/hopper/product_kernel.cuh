@@ -1,40 +1,34 @@
-// out += factor * W B, or W^T B, for weights W that a sweep left in memory: the products behind the readout
-// and both gradients, for compute capability 9.0.
+// The products of ../product_kernel.cuh for compute capability 9.0: out += factor * W B, or W^T B, with the
+// same arguments, by wgmma.
 //
 // STATUS: NEVER RUN ON A GPU. Compiled for sm_90a without spills; executed on the CPU under
 // kernels/tests/hopper_emulator.h.
 //
-// Contract. W [weight rows, pitch] and B of one 16-bit type, 16-byte aligned rows, D = 64, 128, 192 or 256;
-// out float32 [rows, D]. W stands in whole tiles of 128 × 128; live says which of them were written (the
-// others are not read). Rows of B past its end count as zeros. Deterministic: splits leave their sums in
-// `partial`.
+// Contract. As there, for bf16 weights and operand, D = 64, 128, 192 or 256, 16-byte aligned rows.
 //
-// Cost. 2 * rows * depth * D FLOP over live tiles. A stage is 16 KB of W and 64 rows of B (32 KB at D = 256)
-// for 1024 tensor cycles: 48 bytes a cycle from L2.
+// Cost. 2 * rows * depth * D operations over live tiles. A stage is 16 KB of W and 64 rows of B (32 KB at D =
+// 256) for 1024 tensor cycles: 48 bytes a cycle from L2.
 //
-// Structure. 128 rows × D of the output a block, 64 rows (m64nD, up to 128 accumulators a thread) a
+// Structure. 128 rows × all columns of the output a block, 64 rows (m64nD, up to 128 accumulators a thread) a
 // warpgroup; a producer thread fills a ring of stages 64 deep. Both operands are used as they lie: B has its
 // columns contiguous, W its codes, which is the depth in W B and the rows of the output in W^T B.
 #pragma once
 
+#include "../sweep_arguments.h"
 #include "operand.cuh"
 #include "product_plan.h"
+#include "stream_plan.h"
 
 namespace ibq::cuda::hopper {
 
 struct ProductParameters {
-  TensorMap weights;    // boxes of 128 rows; transposed: of 64
-  TensorMap operand;    // boxes of 64 rows
-  const uint8_t* live;  // [row tiles][code tiles] of W
-  int64_t code_tiles;
-  int64_t rows;  // of the output
-  float factor;
-  ProductPlan plan;
-  float* partial;  // [splits][rows][D] where there is more than one split
-  float* out;      // [rows][D]
+  TensorMap weights;  // boxes of 128 rows; transposed: of 64
+  TensorMap operand;  // boxes of 64 rows
+  int stages;
+  ProductArguments args;
 };
 
-namespace product {
+namespace products {
 
 struct Barriers {
   SharedAddress base;
@@ -59,17 +53,17 @@ IBQ_DEVICE Part part_of_block(const ProductPlan& plan) {
 
 template <bool kTransposed>
 IBQ_DEVICE bool is_live(const ProductParameters& p, int64_t row_tile, int32_t depth_tile) {
-  return p.live[kTransposed ? depth_tile * p.code_tiles + row_tile : row_tile * p.code_tiles + depth_tile] !=
-         0;
+  return p.args.live[kTransposed ? depth_tile * p.args.code_tiles + row_tile
+                                 : row_tile * p.args.code_tiles + depth_tile] != 0;
 }
 
 template <bool kTransposed, int kPanels>
 IBQ_DEVICE void produce(const ProductParameters& p, const Part& part, SharedAddress shared,
                         const Barriers& barriers) {
-  constexpr int kStageBytes = product_stage_bytes(kPanels);
+  constexpr int kStageBytes = stage_bytes_of(kPanels);
   prefetch_tensor_map(p.weights);
   prefetch_tensor_map(p.operand);
-  const int row = static_cast<int>(part.row_tile) * kProductRows;
+  const int row = static_cast<int>(part.row_tile) * kProductTileRows;
   int stage = 0;
   uint32_t parity = 1;
   IBQ_UNROLL_BY(1)
@@ -79,20 +73,20 @@ IBQ_DEVICE void produce(const ProductParameters& p, const Part& part, SharedAddr
     for (int half = 0; half < 2; ++half) {
       const int depth = tile * kDepthTile + half * kStageDepth;
       const SharedAddress w = shared + static_cast<SharedAddress>(stage * kStageBytes);
-      const SharedAddress b = w + kWeightBytes;
+      const SharedAddress b = w + kWeightStageBytes;
       barrier_wait(barriers.empty(stage), parity);
       barrier_arrive_expect(barriers.full(stage), kStageBytes);
       if constexpr (kTransposed) {
         copy_box(w, p.weights, row, depth, barriers.full(stage));
-        copy_box(w + kWeightBytes / 2, p.weights, row + kMapColumns, depth, barriers.full(stage));
+        copy_box(w + kWeightStageBytes / 2, p.weights, row + kMapColumns, depth, barriers.full(stage));
       } else {
         copy_box(w, p.weights, depth, row, barriers.full(stage));
       }
       IBQ_UNROLL
       for (int panel = 0; panel < kPanels; ++panel)
-        copy_box(b + panel * panel_bytes(kStageDepth), p.operand, panel * kMapColumns, depth,
-                 barriers.full(stage));
-      if (++stage == p.plan.stages) {
+        copy_box(b + panel * panel_bytes(kStageDepth), p.operand, panel * kMapColumns,
+                 static_cast<int>(p.args.operand_row) + depth, barriers.full(stage));
+      if (++stage == p.stages) {
         stage = 0;
         parity ^= 1;
       }
@@ -103,7 +97,7 @@ IBQ_DEVICE void produce(const ProductParameters& p, const Part& part, SharedAddr
 template <bool kBf16, bool kTransposed, int kPanels>
 IBQ_DEVICE void consume(const ProductParameters& p, const Part& part, SharedAddress shared,
                         const Barriers& barriers, int warpgroup) {
-  constexpr int kStageBytes = product_stage_bytes(kPanels);
+  constexpr int kStageBytes = stage_bytes_of(kPanels);
   constexpr int kRegisters = 32 * kPanels;
   constexpr int kD = 64 * kPanels;
   const int lane = static_cast<int>(threadIdx.x) & 31;
@@ -117,7 +111,7 @@ IBQ_DEVICE void consume(const ProductParameters& p, const Part& part, SharedAddr
     IBQ_UNROLL_BY(1)
     for (int half = 0; half < 2; ++half) {
       const SharedAddress w = shared + static_cast<SharedAddress>(stage * kStageBytes);
-      const uint64_t b = along_rows<kStageDepth>(w + kWeightBytes);
+      const uint64_t b = along_rows<kStageDepth>(w + kWeightStageBytes);
       barrier_wait(barriers.full(stage), parity);
       wgmma_fence();
       IBQ_UNROLL
@@ -137,7 +131,7 @@ IBQ_DEVICE void consume(const ProductParameters& p, const Part& part, SharedAddr
       wgmma_wait<1>();
       if (held >= 0 && lane == 0) barrier_arrive(barriers.empty(held));
       held = stage;
-      if (++stage == p.plan.stages) {
+      if (++stage == p.stages) {
         stage = 0;
         parity ^= 1;
       }
@@ -145,55 +139,54 @@ IBQ_DEVICE void consume(const ProductParameters& p, const Part& part, SharedAddr
   }
   wgmma_wait<0>();
   hold(sums);
-  const bool nothing = held < 0;
-  if (nothing && p.plan.splits == 1) return;
+  const ProductArguments& args = p.args;
+  if (held < 0 && args.partial == nullptr) return;  // nothing was live
   IBQ_UNROLL
   for (int h = 0; h < 2; ++h) {
-    const int64_t row = part.row_tile * kProductRows + warpgroup * 64 + warp * 16 + (lane >> 2) + 8 * h;
-    if (row >= p.rows) continue;
+    const int64_t row = part.row_tile * kProductTileRows + warpgroup * 64 + warp * 16 + (lane >> 2) + 8 * h;
+    if (row >= args.rows) continue;
     const int64_t place = row * kD + (lane & 3) * 2;
-    float* out = p.plan.splits == 1 ? p.out + place : p.partial + part.split * p.rows * kD + place;
     IBQ_UNROLL
-    for (int f = 0; f < kRegisters / 4; ++f) {
-      IBQ_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const float sum = sums[4 * f + 2 * h + e];
-        if (p.plan.splits == 1) {
-          out[8 * f + e] += p.factor * sum;
-        } else {
-          out[8 * f + e] = nothing ? 0.0f : sum;
-        }
+    for (int i = 0; i < kRegisters / 2; ++i) {
+      const int64_t column = place + 8 * (i / 2) + i % 2;
+      const float sum = sums[4 * (i / 2) + 2 * h + i % 2];
+      if (args.partial != nullptr) {
+        args.partial[part.split * args.rows * kD + column] = held < 0 ? 0.0f : sum;
+      } else if (args.atomic) {
+        atomic_add_global(args.out + column, args.factor * sum);
+      } else {
+        args.out[column] += args.factor * sum;
       }
     }
   }
 }
 
-}  // namespace product
+}  // namespace products
 
-// Grid: plan.blocks() blocks of kProductThreads, plan.shared_bytes of dynamic shared memory.
+// Grid: args.plan.row_tiles * args.plan.splits blocks of kStreamThreads, ProductStages::shared_bytes of
+// dynamic shared memory.
 template <bool kBf16, bool kTransposed, int kPanels>
-IBQ_KERNEL(kProductThreads, 1)
+IBQ_KERNEL(kStreamThreads, 1)
 hopper_product_kernel(const IBQ_GRID_CONSTANT ProductParameters p) {
   const SharedAddress shared = shared_address(swizzled_shared());
-  const product::Barriers barriers{shared +
-                                   static_cast<SharedAddress>(p.plan.stages * product_stage_bytes(kPanels))};
+  const products::Barriers barriers{shared + static_cast<SharedAddress>(p.stages * stage_bytes_of(kPanels))};
   if (threadIdx.x == 0) {
     IBQ_UNROLL_BY(1)
-    for (int stage = 0; stage < p.plan.stages; ++stage) {
+    for (int stage = 0; stage < p.stages; ++stage) {
       barrier_init(barriers.full(stage), 1);
       barrier_init(barriers.empty(stage), 8);
     }
     barrier_init_fence();
   }
   block_barrier();
-  const product::Part part = product::part_of_block(p.plan);
+  const products::Part part = products::part_of_block(p.args.plan);
   if (threadIdx.x < 128) {
     give_up_registers<24>();
-    if (threadIdx.x == 0) product::produce<kTransposed, kPanels>(p, part, shared, barriers);
+    if (threadIdx.x == 0) products::produce<kTransposed, kPanels>(p, part, shared, barriers);
   } else {
     take_registers<240>();
-    product::consume<kBf16, kTransposed, kPanels>(p, part, shared, barriers,
-                                                  static_cast<int>(threadIdx.x) / 128 - 1);
+    products::consume<kBf16, kTransposed, kPanels>(p, part, shared, barriers,
+                                                   static_cast<int>(threadIdx.x) / 128 - 1);
   }
 }
 

@@ -41,10 +41,8 @@ struct Task {
   const SearchParameters& p;
   IBQ_DEVICE TileSchedule schedule() const { return p.schedule; }
   IBQ_DEVICE Box codes(int tile) const { return {&p.codebook, tile * kStreamCodes}; }
-  IBQ_DEVICE Box resident(int64_t item, int i) const {
-    return {&p.z, static_cast<int>(p.schedule.row_tile(item)) * kSearchRows + i * kBoxRows};
-  }
-  IBQ_DEVICE bool live(int64_t, int) const { return true; }
+  IBQ_DEVICE Box resident(int row_tile, int i) const { return {&p.z, row_tile * kSearchRows + i * kBoxRows}; }
+  IBQ_DEVICE bool live(int, int) const { return true; }
 };
 
 // What a thread knows of the 4 rows it shares with 3 others: slot 2m + h is row 64m + 16 warp + lane/4 + 8h
@@ -62,7 +60,7 @@ struct Epilogue {
   IBQ_DEVICE Epilogue(const SearchParameters& p, int64_t first_row)
       : p(p), first_row(first_row), thread_code((static_cast<int32_t>(threadIdx.x) & 3) * 2) {}
 
-  IBQ_DEVICE void begin(int64_t) {
+  IBQ_DEVICE void begin(int) {
     IBQ_UNROLL
     for (int slot = 0; slot < 4; ++slot) {
       max[slot] = negative_infinity();
@@ -81,9 +79,9 @@ struct Epilogue {
     }
   }
 
-  IBQ_DEVICE void skip(int32_t) {}
+  IBQ_DEVICE void skip(int, int, int) {}
 
-  IBQ_DEVICE void fold(int32_t tile, float (&s0)[kBlockRegisters], float (&s1)[kBlockRegisters]) {
+  IBQ_DEVICE void fold(int, int32_t tile, int, float (&s0)[kBlockRegisters], float (&s1)[kBlockRegisters]) {
     fold_block(0, s0, tile * kStreamCodes + thread_code);
     fold_block(1, s1, tile * kStreamCodes + thread_code);
   }
@@ -129,10 +127,10 @@ struct Epilogue {
   }
 
   // Joins the four lanes that share a row and writes the split's result.
-  IBQ_DEVICE void end(int64_t item) {
+  IBQ_DEVICE void end(int row_tile, int split) {
     const int lane = static_cast<int>(threadIdx.x) & 31;
     const int warp = static_cast<int>(threadIdx.x) >> 5 & 3;
-    const int64_t tile_row = p.schedule.row_tile(item) * kSearchRows + first_row;
+    const int64_t tile_row = int64_t{row_tile} * kSearchRows + first_row;
     IBQ_UNROLL
     for (int slot = 0; slot < 4; ++slot) {
       RowStats row{max[slot], sum[slot], index[slot]};
@@ -144,7 +142,7 @@ struct Epilogue {
       }
       const int64_t row_index = tile_row + slot / 2 * 64 + 16 * warp + (lane >> 2) + slot % 2 * 8;
       if ((lane & 3) != 0 || row_index >= p.N) continue;
-      const int64_t place = p.schedule.split(item) * p.N + row_index;
+      const int64_t place = split * p.N + row_index;
       p.split_max[place] = row.max;
       p.split_index[place] = row.index;
       if constexpr (kWithLse) p.split_sum[place] = row.sum;

@@ -59,11 +59,17 @@ struct Box {
 // A Task says what the work is, to producer and consumers alike:
 //   schedule()               its items
 //   codes(tile)              Box of a tile of codes
-//   resident(item, i)        Box i of the resident rows
-//   live(item, tile)         whether the tile is formed at all
+//   resident(row_tile, i)    Box i of the resident rows
+//   live(row_tile, tile)     whether the tile is formed at all
 template <typename Shape, typename Task>
-IBQ_DEVICE bool step_is_live(const Task& task, int64_t item, int tile, int end_tile) {
-  return task.live(item, tile) || (Shape::kTiles == 2 && tile + 1 < end_tile && task.live(item, tile + 1));
+IBQ_DEVICE bool step_is_live(const Task& task, int row_tile, int tile, int end_tile) {
+  return task.live(row_tile, tile) ||
+         (Shape::kTiles == 2 && tile + 1 < end_tile && task.live(row_tile, tile + 1));
+}
+
+// How many items this block takes.
+IBQ_DEVICE int rounds_of_block(const TileSchedule& schedule) {
+  return static_cast<int>((schedule.blocks() - blockIdx.x + gridDim.x - 1) / gridDim.x);
 }
 
 template <typename Shape, typename Task>
@@ -73,23 +79,24 @@ IBQ_DEVICE void produce(const Task& task, const StreamPlan& plan, SharedAddress 
   const int row_bytes = plan.panels * Shape::kResident * kBoxBytes;
   const SharedAddress ring = shared + static_cast<SharedAddress>(row_bytes);
   const TileSchedule schedule = task.schedule();
+  const int rounds = rounds_of_block(schedule);
   RingPlace place;
-  uint32_t rows_parity = 1;  // a wait for the phase before the first returns at once
   IBQ_UNROLL_BY(1)
-  for (int64_t item = blockIdx.x; item < schedule.blocks(); item += gridDim.x) {
-    barrier_wait(barriers.rows_empty(), rows_parity);
-    rows_parity ^= 1;
+  for (int round = 0; round < rounds; ++round) {
+    const int item = static_cast<int>(blockIdx.x) + round * static_cast<int>(gridDim.x);
+    const int row_tile = static_cast<int>(schedule.row_tile(item));
+    barrier_wait(barriers.rows_empty(), (round & 1) ^ 1);  // at first for the phase before: no wait
     barrier_arrive_expect(barriers.rows_full(), row_bytes);
     IBQ_UNROLL_BY(1)
     for (int piece = 0; piece < plan.panels * Shape::kResident; ++piece) {
-      const Box box = task.resident(item, piece % Shape::kResident);
+      const Box box = task.resident(row_tile, piece % Shape::kResident);
       copy_box(shared + static_cast<SharedAddress>(piece * kBoxBytes), *box.map,
                piece / Shape::kResident * kMapColumns, box.row, barriers.rows_full());
     }
     const int end_tile = static_cast<int>(schedule.end_tile(item));
     IBQ_UNROLL_BY(1)
     for (int tile = static_cast<int>(schedule.first_tile(item)); tile < end_tile; tile += Shape::kTiles) {
-      if (!step_is_live<Shape>(task, item, tile, end_tile)) continue;
+      if (!step_is_live<Shape>(task, row_tile, tile, end_tile)) continue;
       IBQ_UNROLL_BY(1)
       for (int panel = 0; panel < plan.panels; ++panel) {
         const SharedAddress stage = ring + static_cast<SharedAddress>(place.stage * kStageBytes);
@@ -108,13 +115,14 @@ IBQ_DEVICE void produce(const Task& task, const StreamPlan& plan, SharedAddress 
 }
 
 // An Epilogue, one to a thread, does the rest:
-//   begin(item)              before the first tile
-//   prepare(tile)            loads, while the products are under way
-//   fold(tile, s0, s1)       the products: WideRows, the warpgroup's two blocks of 64 rows with the tile's
-//   codes;
-//                            WideCodes, its 64 rows with the codes of tile and of tile + 1
-//   skip(tile)               instead of both where the step is not live
-//   end(item)
+//   begin(row_tile)              before the first tile of an item
+//   prepare(tile)                loads, while the products are under way
+//   fold(row_tile, tile, end_tile, s0, s1)
+//                                the products: WideRows, the warpgroup's two blocks of 64 rows with the
+//                                tile's codes; WideCodes, its 64 rows with the codes of tile and, before
+//                                end_tile, of tile + 1
+//   skip(row_tile, tile, end_tile)  instead of both where the step is not live
+//   end(row_tile, split)
 // A warpgroup's rows are 64 from first_block and 64 from second_block on.
 template <bool kBf16, typename Shape, typename Task, typename Epilogue>
 IBQ_DEVICE void consume(const Task& task, Epilogue& epilogue, const StreamPlan& plan, SharedAddress shared,
@@ -123,22 +131,23 @@ IBQ_DEVICE void consume(const Task& task, Epilogue& epilogue, const StreamPlan& 
   const int lane = static_cast<int>(threadIdx.x) & 31;
   const SharedAddress ring = shared + static_cast<SharedAddress>(plan.panels * Shape::kResident * kBoxBytes);
   const TileSchedule schedule = task.schedule();
+  const int rounds = rounds_of_block(schedule);
   RingPlace place;
-  uint32_t rows_parity = 0;
   // The first turn of warpgroup 0 is handed over here; the last that warpgroup 1 hands over is taken at the
   // end.
   if (warpgroup == 1) named_barrier_arrive<256>(kTurnBarrier);
   IBQ_UNROLL_BY(1)
-  for (int64_t item = blockIdx.x; item < schedule.blocks(); item += gridDim.x) {
-    epilogue.begin(item);
+  for (int round = 0; round < rounds; ++round) {
+    const int item = static_cast<int>(blockIdx.x) + round * static_cast<int>(gridDim.x);
+    const int row_tile = static_cast<int>(schedule.row_tile(item));
+    epilogue.begin(row_tile);
     const int32_t end_tile = static_cast<int32_t>(schedule.end_tile(item));
-    barrier_wait(barriers.rows_full(), rows_parity);
-    rows_parity ^= 1;
+    barrier_wait(barriers.rows_full(), round & 1);
     IBQ_UNROLL_BY(1)
     for (int32_t tile = static_cast<int32_t>(schedule.first_tile(item)); tile < end_tile;
          tile += Shape::kTiles) {
-      if (!step_is_live<Shape>(task, item, tile, end_tile)) {
-        epilogue.skip(tile);
+      if (!step_is_live<Shape>(task, row_tile, tile, end_tile)) {
+        epilogue.skip(row_tile, tile, end_tile);
         continue;
       }
       float s0[kBlockRegisters], s1[kBlockRegisters];
@@ -175,10 +184,10 @@ IBQ_DEVICE void consume(const Task& task, Epilogue& epilogue, const StreamPlan& 
       hold(s0);
       hold(s1);
       if (lane == 0) barrier_arrive(barriers.empty(held));
-      epilogue.fold(tile, s0, s1);
+      epilogue.fold(row_tile, tile, end_tile, s0, s1);
     }
     if (lane == 0) barrier_arrive(barriers.rows_empty());
-    epilogue.end(item);
+    epilogue.end(row_tile, static_cast<int>(schedule.split(item)));
   }
   if (warpgroup == 0) named_barrier_sync<256>(kTurnBarrier);
 }
