@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include "kernels/cpu/codebook.h"
+#include "kernels/cuda/sweep_plan.h"
 
 namespace {
 
@@ -26,7 +27,12 @@ PyObject* has_cuda(PyObject*, PyObject*) {
 }
 
 // tile_shape(): rows and codes of a tile of the CPU kernels in use, and the smallest codebook that keeps
-// bounds.
+// bounds; cuda_tile_shape(): the same of the CUDA kernels, linked in or not.
+PyObject* cuda_tile_shape(PyObject*, PyObject*) {
+  return Py_BuildValue("iiL", ibq::cuda::kSweepTileRows, ibq::cuda::kSweepTileCodes,
+                       static_cast<long long>(ibq::cuda::kBoundedFrom));
+}
+
 PyObject* tile_shape(PyObject*, PyObject*) {
   const ibq::cpu::Kernels* kernels = ibq::cpu::kernels();
   if (kernels == nullptr) {
@@ -42,6 +48,8 @@ PyMethodDef methods[] = {
     {"cpu_isas", cpu_isas, METH_NOARGS, "Names of the CPU instruction sets available here, best first."},
     {"tile_shape", tile_shape, METH_NOARGS,
      "Rows, codes and smallest codebook of the CPU kernels' tile bounds."},
+    {"cuda_tile_shape", cuda_tile_shape, METH_NOARGS,
+     "Rows, codes and smallest codebook of the CUDA kernels' tile bounds."},
     {"has_cuda", has_cuda, METH_NOARGS, "Whether CUDA kernels are linked in."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -138,7 +138,7 @@ def demangle(symbols: list[str]) -> dict[str, str]:
         return {s: s for s in symbols}
     shown = subprocess.run([tool, *symbols], capture_output=True, text=True, check=True).stdout.splitlines()
     short = (
-        re.sub(r"\(.*", "", name.replace("(ibq::cuda::Element)", "").replace("ibq::cuda::", ""))
+        re.sub(r"\(.*", "", re.sub(r"\(ibq::cuda::\w+\)", "", name).replace("ibq::cuda::", ""))
         for name in shown
     )
     return dict(zip(symbols, (re.sub(r"^void ", "", name) for name in short), strict=True))

@@ -128,9 +128,9 @@ def fake(
 ) -> tuple[Tensor, ...]:
     selected = select.fake(namespace, z, codebook, bias, scale)
     statistics = entropy.fake(namespace, z, codebook, bias, scale, temperature)
-    tiles, blocks = (
-        native.tile_grid(z.shape[0], codebook.shape[0]) if namespace == native.NAMESPACE else (0, 0)
-    )
+    tiles, blocks = 0, 0
+    if namespace == native.NAMESPACE:
+        tiles, blocks = native.tile_grid(z.shape[0], codebook.shape[0], z.device.type)
     return *selected, *statistics, z.new_empty((2, tiles, blocks), dtype=torch.float32)
 
 

@@ -42,11 +42,11 @@ def device_types(op: str) -> tuple[str, ...]:
     return tuple(device for device, key in keys.items() if has_kernel(f"{NAMESPACE}::{op}", key))
 
 
-def tile_grid(n: int, k: int) -> tuple[int, int]:
-    """Row tiles and code blocks of ``tile_bound`` for [n, k] in the CPU kernels in use; zeros for small k."""
+def tile_grid(n: int, k: int, device_type: str) -> tuple[int, int]:
+    """Row tiles and code blocks of ``tile_bound`` for [n, k] in the device's kernels; zeros for small k."""
     from ibq_fast import _C
 
-    rows, codes, smallest = _C.tile_shape()
+    rows, codes, smallest = _C.cuda_tile_shape() if device_type == "cuda" else _C.tile_shape()
     if k < smallest:
         return 0, 0
     return (n + rows - 1) // rows, (k + codes - 1) // codes

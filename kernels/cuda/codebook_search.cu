@@ -3,26 +3,12 @@
 
 #include "hopper/hopper.h"
 #include "ibq_cuda.h"
+#include "launches.h"
 #include "search_kernel.cuh"
 
 namespace {
 
 using namespace ibq::cuda;
-
-cudaError_t device_limits(DeviceLimits* limits) {
-  int device = 0, shared_per_multiprocessor = 0, shared_per_block = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  error =
-      cudaDeviceGetAttribute(&shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  limits->shared_per_multiprocessor = shared_per_multiprocessor;
-  limits->shared_per_block = shared_per_block;
-  return error;
-}
 
 int element_bytes(ibq_dtype dtype) { return dtype == IBQ_F32 ? 4 : 2; }
 
@@ -36,18 +22,11 @@ bool sizes_are_valid(int64_t N, int64_t K, int64_t D, ibq_dtype dtype) {
 cudaError_t plan_on_device(int64_t N, int64_t K, int64_t D, ibq_dtype dtype, SearchPlan* plan) {
   if (!sizes_are_valid(N, K, D, dtype)) return cudaErrorInvalidValue;
   DeviceLimits limits{};
-  const cudaError_t error = device_limits(&limits);
+  const cudaError_t error = current_limits(&limits);
   if (error != cudaSuccess) return error;
   *plan = plan_search(N, K, D, element_bytes(dtype), limits);
   return plan->stages == 0 || plan->schedule.blocks() > INT32_MAX ? cudaErrorInvalidConfiguration
                                                                   : cudaSuccess;
-}
-
-// The widest of 16, 4 and 2 bytes that all rows of both matrices are aligned to.
-int widest_access(const void* z, const void* codebook, int64_t row_bytes) {
-  const auto bits = reinterpret_cast<uintptr_t>(z) | reinterpret_cast<uintptr_t>(codebook) |
-                    static_cast<uintptr_t>(row_bytes);
-  return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
 }
 
 template <Element kElement, bool kWithLse>
@@ -109,7 +88,8 @@ int ibq_cuda_codebook_search(const void* z, const void* codebook, const float* b
   args.N = N;
   args.K = K;
   args.row_bytes = D * element_bytes(dtype);
-  args.access = widest_access(z, codebook, args.row_bytes);
+  args.access = widest_access(reinterpret_cast<uintptr_t>(z) | reinterpret_cast<uintptr_t>(codebook) |
+                              static_cast<uintptr_t>(args.row_bytes));
   const int64_t statistics = args.plan.schedule.splits * N;
   args.split_max = static_cast<float*>(workspace);
   args.split_index = reinterpret_cast<int32_t*>(args.split_max + statistics);

@@ -67,6 +67,27 @@ IBQ_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
                : "memory");
 }
 
+// The same, each 8x8 matrix transposed on the way: lane l receives the elements of rows 2*(l%4) and 2*(l%4)+1
+// at column l/4.
+IBQ_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+
+IBQ_DEVICE uint32_t load_shared_4(SharedAddress src) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(x) : "r"(src) : "memory");
+  return x;
+}
+
+IBQ_DEVICE uint16_t load_shared_2(SharedAddress src) {
+  uint16_t x;
+  asm volatile("ld.shared.b16 %0, [%1];\n" : "=h"(x) : "r"(src) : "memory");
+  return x;
+}
+
 // c += a * b on a 16x8 tile, 32 bytes deep. With g = lane / 4 and t = lane % 4, as 4-byte words:
 //   a[0] row g, word t; a[1] row g+8, word t; a[2] row g, word t+4; a[3] row g+8, word t+4
 //   b0 column g, word t; b1 column g, word t+4
@@ -95,6 +116,21 @@ IBQ_DEVICE uint32_t round_to_tf32(float x) {
 
 IBQ_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
+IBQ_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
+
+IBQ_DEVICE float f16_to_float(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;\n" : "=f"(x) : "h"(bits));
+  return x;
+}
+
+// Two floats rounded to bf16, the first in the low half.
+IBQ_DEVICE uint32_t pack_bf16(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
 // 2^x within 2 units in the last place; subnormal results become 0.
 IBQ_DEVICE float exp2_approximate(float x) {
   float y;
@@ -109,8 +145,15 @@ IBQ_DEVICE float max_or_nan(float a, float b) {
   return y;
 }
 
+// The larger of two; a NaN loses.
+IBQ_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+
 IBQ_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 IBQ_DEVICE int32_t shuffle_xor(int32_t x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+IBQ_DEVICE double shuffle_xor(double x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+
+// The lanes of the full warp for which the condition holds.
+IBQ_DEVICE uint32_t lanes_where(bool condition) { return __ballot_sync(0xffffffffu, condition); }
 
 // The lanes of the full warp that hold the same value as this one.
 IBQ_DEVICE uint32_t lanes_with_same(int32_t value) { return __match_any_sync(0xffffffffu, value); }
@@ -121,6 +164,8 @@ IBQ_DEVICE void atomic_add_shared(uint32_t* address, uint32_t value) { atomicAdd
 IBQ_DEVICE void atomic_add_global(int64_t* address, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
 }
+
+IBQ_DEVICE void atomic_add_global(float* address, float value) { atomicAdd(address, value); }
 
 IBQ_DEVICE void block_barrier() { __syncthreads(); }
 

@@ -40,22 +40,11 @@
 #pragma once
 
 #include "../common/row_stats.h"
+#include "../common/softmax_rules.h"
 #include "search_tiles.cuh"
+#include "tile_ring.cuh"
 
 namespace ibq::cuda {
-
-struct SearchArguments {
-  const unsigned char* z;
-  const unsigned char* codebook;
-  const float* bias;  // null: none
-  float scale;
-  int64_t N, K, row_bytes;
-  int access;  // 16, 4 or 2: the widest load, in bytes, that every row of z and codebook is aligned for
-  SearchPlan plan;
-  float* split_max;      // [splits, N]
-  int32_t* split_index;  // [splits, N]
-  float* split_sum;      // [splits, N], with lse
-};
 
 namespace search {
 
@@ -67,13 +56,37 @@ struct ThreadRows {
   float max[kRowSlots];
   float sum[kRowSlots];
   int32_t index[kRowSlots];
+  float tempered_sum[kRowSlots];     // with Extra::entropy
+  float tempered_moment[kRowSlots];  // with Extra::entropy
+  float logits[kRowSlots];           // with Extra::target
 };
 
+// Adds a tile's logits s of one row to the sums of e^y and y e^y, whose reference rises from old_max to base.
+template <int kFragments>
+IBQ_DEVICE void fold_tempered(float& tempered_sum, float& tempered_moment, const float (&s)[kFragments][4],
+                              int h, float old_max, float base, float inverse_tau) {
+  const float shift = (old_max - base) * inverse_tau;
+  const float decay = exp2_approximate(shift * kLog2E);
+  float sum = 0.0f, moment = 0.0f;
+  IBQ_UNROLL
+  for (int i = 0; i < 2 * kFragments; ++i) {
+    const float y = (s[i / 2][2 * h + i % 2] - base) * inverse_tau;
+    const float e = exp2_approximate(y * kLog2E);
+    sum += e;
+    moment += e * larger(y, kLeastLogProb);
+  }
+  // Against the new reference the old moment sum is moment + shift * sum. Without an old sum shift is -inf.
+  if (decay > 0.0f) moment += decay * (tempered_moment + shift * tempered_sum);
+  tempered_moment = moment;
+  tempered_sum = tempered_sum * decay + sum;
+}
+
 // Turns the accumulator into logits and folds them into the row state. first_code is this thread's first
-// column: fragment f, element e is code first_code + 8f + e.
-template <bool kWithLse, int kFragments>
+// column: fragment f, element e is code first_code + 8f + e; thread_row: its row of slot 0.
+template <bool kWithLse, Extra kExtra, int kFragments>
 IBQ_DEVICE void fold_tile(ThreadRows& rows, float (&s)[kWarpRowFragments][kFragments][4],
-                          const SearchArguments& args, int64_t tile_end, int32_t first_code) {
+                          const SearchArguments& args, int64_t thread_row, int64_t tile_end,
+                          int32_t first_code) {
   const int32_t K = static_cast<int32_t>(args.K);
   float bias[kFragments][2] = {};
   // All loads come before the first use; past the end they are clamped rather than branched around.
@@ -128,13 +141,77 @@ IBQ_DEVICE void fold_tile(ThreadRows& rows, float (&s)[kWarpRowFragments][kFragm
         for (int i = 0; i < 2 * kFragments; ++i)
           sum += exp2_approximate((s[m][i / 2][2 * h + i % 2] - base) * kLog2E);
         rows.sum[slot] = rows.sum[slot] * exp2_approximate((old_max - base) * kLog2E) + sum;
+        if constexpr (kExtra == Extra::entropy)
+          fold_tempered(rows.tempered_sum[slot], rows.tempered_moment[slot], s[m], h, old_max, base,
+                        args.inverse_tau);
+      }
+      if constexpr (kExtra == Extra::target) {
+        const int64_t row = thread_row + 16 * m + 8 * h;
+        const int64_t target = row < args.N ? args.targets[row] : -1;
+        if (target >= first_code && target < args.K) {
+          IBQ_UNROLL
+          for (int i = 0; i < 2 * kFragments; ++i)
+            if (first_code + 8 * (i / 2) + i % 2 == target)
+              args.target_logit[row] = s[m][i / 2][2 * h + i % 2];
+        }
+        if (args.split_logits != nullptr) {
+          IBQ_UNROLL
+          for (int i = 0; i < 2 * kFragments; ++i)
+            if (first_code + 8 * (i / 2) + i % 2 < K) rows.logits[slot] += s[m][i / 2][2 * h + i % 2];
+        }
       }
     }
   }
 }
 
+// The extra sums of the rows, joined as write_split joins the others: row_max is that of row `thread` of the
+// tile, whose results go to `place`. Every lane brings its sums to the split's maximum, where they add up.
+template <Extra kExtra>
+IBQ_DEVICE void write_extra(const ThreadRows& rows, float row_max, const SearchArguments& args,
+                            int64_t row_tile, int64_t place) {
+  struct Sums {
+    float first, second;
+  };
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread & 31;
+  const int warp = thread >> 5;
+  float* maxima = reinterpret_cast<float*>(dynamic_shared());        // [rows]
+  Sums* halves = reinterpret_cast<Sums*>(maxima + kSearchTileRows);  // [2 halves of the codes][rows]
+  block_barrier();  // write_split has read what it keeps here
+  maxima[thread] = row_max;
+  block_barrier();
+  IBQ_UNROLL
+  for (int slot = 0; slot < kRowSlots; ++slot) {
+    const int tile_row = (warp >> 1) * 64 + slot * 8 + (lane >> 2);
+    Sums sums{rows.logits[slot], 0.0f};
+    if constexpr (kExtra == Extra::entropy) {
+      const double shift = rows.max[slot] == maxima[tile_row]
+                               ? 0.0
+                               : (static_cast<double>(rows.max[slot]) - maxima[tile_row]) * args.inverse_tau;
+      TemperedSums all{0.0, 0.0};
+      add_tempered(all, {rows.tempered_sum[slot], rows.tempered_moment[slot]}, shift);
+      sums = {static_cast<float>(all.sum), static_cast<float>(all.moment)};
+    }
+    IBQ_UNROLL
+    for (int lanes = 1; lanes <= 2; lanes *= 2) {
+      sums.first += shuffle_xor(sums.first, lanes);
+      sums.second += shuffle_xor(sums.second, lanes);
+    }
+    if ((lane & 3) == 0) halves[(warp & 1) * kSearchTileRows + tile_row] = sums;
+  }
+  block_barrier();
+  if (row_tile * kSearchTileRows + thread >= args.N) return;
+  const Sums first = halves[thread], second = halves[kSearchTileRows + thread];
+  if constexpr (kExtra == Extra::entropy) {
+    args.split_tempered_sum[place] = first.first + second.first;
+    args.split_tempered_moment[place] = first.second + second.second;
+  } else if (args.split_logits != nullptr) {
+    args.split_logits[place] = first.first + second.first;
+  }
+}
+
 // Joins the row states of the 4 lanes that share a row, then of the 2 warps, and writes the split's result.
-template <bool kWithLse>
+template <bool kWithLse, Extra kExtra>
 IBQ_DEVICE void write_split(const ThreadRows& rows, const SearchArguments& args, int64_t row_tile,
                             int64_t split) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -157,18 +234,20 @@ IBQ_DEVICE void write_split(const ThreadRows& rows, const SearchArguments& args,
   }
   block_barrier();
   const int64_t row_index = row_tile * kSearchTileRows + thread;
-  if (row_index >= args.N) return;
   const RowStats row = merge(joined[thread], joined[kSearchTileRows + thread]);
   const int64_t place = split * args.N + row_index;
-  args.split_max[place] = row.max;
-  args.split_index[place] = row.index;
-  if constexpr (kWithLse) args.split_sum[place] = row.sum;
+  if (row_index < args.N) {
+    args.split_max[place] = row.max;
+    args.split_index[place] = row.index;
+    if constexpr (kWithLse) args.split_sum[place] = row.sum;
+  }
+  if constexpr (kExtra != Extra::none) write_extra<kExtra>(rows, row.max, args, row_tile, place);
 }
 
 }  // namespace search
 
 // Grid: plan.schedule.blocks() blocks of kSearchThreads, plan.shared_bytes of dynamic shared memory.
-template <Element kElement, bool kWithLse>
+template <Element kElement, bool kWithLse, Extra kExtra = Extra::none>
 IBQ_KERNEL(kSearchThreads, 2)
 codebook_search_kernel(const SearchArguments args) {
   using namespace search;
@@ -183,15 +262,14 @@ codebook_search_kernel(const SearchArguments args) {
   // streamed, a z tile.
   const SharedAddress shared = shared_address(dynamic_shared());
   const SharedAddress stage_bytes = Tile::kBytes + (plan.z_resident ? 0 : kRowTileBytes);
-  const SharedAddress ring =
-      shared + (plan.z_resident ? static_cast<SharedAddress>(chunks) * kRowTileBytes : 0);
-  const SharedAddress ring_end = ring + plan.stages * stage_bytes;
+  TileRing ring(shared + (plan.z_resident ? static_cast<SharedAddress>(chunks) * kRowTileBytes : 0),
+                plan.stages, stage_bytes);
 
   int32_t load_tile_index = first_tile, load_chunk = 0;
-  SharedAddress load_stage = ring;
   const auto load_next = [&] {
     if (load_tile_index < end_tile) {
       const int64_t byte = int64_t{load_chunk} * kChunkBytes;
+      const SharedAddress load_stage = ring.next_load();
       load_tile<Tile::kCodes>(load_stage, args.codebook, args.K, args.row_bytes,
                               int64_t{load_tile_index} * Tile::kCodes, byte, args.access);
       if (!plan.z_resident || load_tile_index == first_tile) {
@@ -205,8 +283,6 @@ codebook_search_kernel(const SearchArguments args) {
         load_chunk = 0;
         ++load_tile_index;
       }
-      load_stage += stage_bytes;
-      if (load_stage == ring_end) load_stage = ring;
     }
     cp_async_commit();  // also when there was nothing to load: the count of groups is what is waited for
   };
@@ -217,12 +293,13 @@ codebook_search_kernel(const SearchArguments args) {
     rows.max[slot] = negative_infinity();
     rows.sum[slot] = 0.0f;
     rows.index[slot] = 0;
+    rows.tempered_sum[slot] = rows.tempered_moment[slot] = rows.logits[slot] = 0.0f;
   }
   const int thread = static_cast<int>(threadIdx.x);
   const int thread_code = ((thread >> 5) & 1) * Tile::kWarpCodes + (thread & 3) * 2;
+  const int64_t thread_row = row_tile * kSearchTileRows + (thread >> 6) * 64 + ((thread >> 2) & 7);
 
   for (int stage = 0; stage < plan.stages - 1; ++stage) load_next();
-  SharedAddress stage = ring;
   for (int32_t tile = first_tile; tile < end_tile; ++tile) {
     typename Tile::Accumulator s;
     IBQ_UNROLL
@@ -230,25 +307,19 @@ codebook_search_kernel(const SearchArguments args) {
       s[i / 4 / Tile::kFragments][i / 4 % Tile::kFragments][i % 4] = 0.0f;
     IBQ_UNROLL_BY(1)
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-      if (plan.stages == 4) {
-        cp_async_wait<2>();
-      } else if (plan.stages == 3) {
-        cp_async_wait<1>();
-      } else {
-        cp_async_wait<0>();
-      }
+      ring.wait();
       block_barrier();  // this stage has arrived for all, and all are done with the one before
       load_next();      // into the place of the one before
-      multiply_chunk<kElement>(
+      const SharedAddress stage = ring.next_read();
+      multiply_chunk<kElement, 2, Tile::kFragments>(
           s,
           plan.z_resident ? shared + static_cast<SharedAddress>(chunk) * kRowTileBytes : stage + Tile::kBytes,
           stage);
-      stage += stage_bytes;
-      if (stage == ring_end) stage = ring;
     }
-    fold_tile<kWithLse>(rows, s, args, (int64_t{tile} + 1) * Tile::kCodes, tile * Tile::kCodes + thread_code);
+    fold_tile<kWithLse, kExtra>(rows, s, args, thread_row, (int64_t{tile} + 1) * Tile::kCodes,
+                                tile * Tile::kCodes + thread_code);
   }
-  write_split<kWithLse>(rows, args, row_tile, plan.schedule.split(blockIdx.x));
+  write_split<kWithLse, kExtra>(rows, args, row_tile, plan.schedule.split(blockIdx.x));
 }
 
 constexpr int kFinishThreads = 256;

@@ -1,10 +1,15 @@
-// How one search is run on one device: tile sizes, pipeline depth, shared memory, the cut over blocks and the
-// layout of the workspace. Plain arithmetic without any CUDA include, so that it is tested on the CPU.
+// How one search is run on one device: tile sizes, pipeline depth, shared memory, the cut over blocks, the
+// layout of the workspace and the kernels' arguments. Plain C++ without any CUDA include, so that it is
+// tested on the CPU and serves hosts that launch the kernels by other means.
 #pragma once
 
 #include "../common/tile_schedule.h"
 
 namespace ibq::cuda {
+
+enum class Element : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+IBQ_HD constexpr int bytes_of(Element element) { return element == Element::f32 ? 4 : 2; }
 
 constexpr int kSearchTileRows = 128;  // rows of z in a block
 constexpr int kSearchThreads = 128;   // 4 warps: 2 halves of the rows × 2 halves of the codes
@@ -71,5 +76,36 @@ IBQ_HD SearchPlan plan_search(int64_t N, int64_t K, int64_t D, int element_bytes
 IBQ_HD int64_t search_workspace_bytes(int64_t N, const SearchPlan& plan, bool with_lse) {
   return plan.schedule.splits * N * (with_lse ? 12 : 8);
 }
+
+// What a sweep keeps of each row beside index, maximum and the sum of exponentials.
+enum class Extra : int {
+  none = 0,
+  entropy = 1,  // sums of e^y and of y e^y, y = (S - max) / tau
+  target = 2,   // the logit of the row's target and, with split_logits, the sum of the logits
+};
+
+struct SearchArguments {
+  const unsigned char* z;
+  const unsigned char* codebook;
+  const float* bias;  // null: none
+  float scale;
+  int64_t N, K, row_bytes;
+  int access;  // 16, 4 or 2: the widest load, in bytes, that every row of z and codebook is aligned for
+  SearchPlan plan;
+  float* split_max;      // [splits, N]
+  int32_t* split_index;  // [splits, N]
+  float* split_sum;      // [splits, N], with lse
+  // Extra::entropy
+  float inverse_tau;
+  float* split_tempered_sum;     // [splits, N]
+  float* split_tempered_moment;  // [splits, N]
+  // Extra::target
+  const int64_t* targets;  // [N]
+  float* target_logit;     // [N], written where the target is in [0, K)
+  float* split_logits;     // [splits, N] or null
+};
+
+// The widest of 16, 4 and 2 bytes that divides every address and row length or-ed into `bits`.
+IBQ_HD int widest_access(uint64_t bits) { return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2; }
 
 }  // namespace ibq::cuda

@@ -1,14 +1,12 @@
-// The multiplying part of the search (search_kernel.cuh says why it looks so): tiles of z and of the codebook
-// come into swizzled shared memory by cp.async and are multiplied by mma.sync, 64 rows by 64 (16-bit types)
-// or 32 (float32) codes a warp.
+// The multiplying part of every kernel that forms logits (search_kernel.cuh says why it looks so): tiles of
+// rows and of codes come into swizzled shared memory by cp.async and are multiplied by mma.sync. A warp holds
+// 64 rows by 8 * kFragments codes; kWarpColumns warps stand side by side.
 #pragma once
 
 #include "intrinsics.cuh"
 #include "search_plan.h"
 
 namespace ibq::cuda {
-
-enum class Element : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 namespace search {
 
@@ -44,10 +42,10 @@ IBQ_DEVICE void copy_piece_by_element(SharedAddress dst, const unsigned char* sr
 
 // Brings kTileRows rows × 128 bytes of a matrix, from row `first_row` and byte `first_byte` of each row, into
 // a tile. What lies outside the matrix becomes zero, which adds nothing to a dot product.
-template <int kTileRows>
+template <int kTileRows, int kThreads = kSearchThreads>
 IBQ_DEVICE void load_tile(SharedAddress tile, const unsigned char* matrix, int64_t rows, int64_t row_bytes,
                           int64_t first_row, int64_t first_byte, int access) {
-  constexpr int kRowsPerPass = kSearchThreads / 8;
+  constexpr int kRowsPerPass = kThreads / 8;
   const int thread = static_cast<int>(threadIdx.x);
   const int piece = thread & 7;
   const int row = thread >> 3;
@@ -55,7 +53,7 @@ IBQ_DEVICE void load_tile(SharedAddress tile, const unsigned char* matrix, int64
   const int64_t left = row_bytes - byte;
   const int bytes = left >= 16 ? 16 : (left > 0 ? static_cast<int>(left) : 0);
   const unsigned char* src = matrix + (first_row + row) * row_bytes + byte;
-  SharedAddress dst = tile_address(tile, row, piece);  // 16 rows further the swizzle is the same
+  SharedAddress dst = tile_address(tile, row, piece);  // 8 rows further the swizzle is the same
   if (access == 16) {
     IBQ_UNROLL
     for (int pass = 0; pass < kTileRows / kRowsPerPass; ++pass) {
@@ -104,19 +102,19 @@ IBQ_DEVICE void mma_tf32x3(float (&c)[4], const uint32_t (&a_high)[4], const uin
   for (int i = 0; i < 4; ++i) c[i] += product[i];
 }
 
-// accumulator += z tile * code tile^T over one chunk of 128 bytes, for this warp's part.
-template <Element kElement>
-IBQ_DEVICE void multiply_chunk(typename CodeTile<kElement>::Accumulator& accumulator, SharedAddress z_tile,
+// accumulator += row tile * code tile^T over one chunk of 128 bytes, for this warp's part.
+template <Element kElement, int kWarpColumns, int kFragments>
+IBQ_DEVICE void multiply_chunk(float (&accumulator)[kWarpRowFragments][kFragments][4], SharedAddress z_tile,
                                SharedAddress code_tile) {
   const int lane = static_cast<int>(threadIdx.x) & 31;
   const int warp = static_cast<int>(threadIdx.x) >> 5;
   // ldmatrix row addresses. z: matrices are (rows 0-7, 8-15) × (first, second 16 bytes), rows fastest, as the
   // mma's A wants them; codes: two 8-code fragments × (first, second 16 bytes), bytes fastest.
-  const int z_row = (warp >> 1) * 64 + (lane & 15);
+  const int z_row = (warp / kWarpColumns) * 64 + (lane & 15);
   const int z_half = lane >> 4;
-  const int code_row = (warp & 1) * CodeTile<kElement>::kWarpCodes + (lane & 7) + ((lane >> 4) << 3);
+  const int code_row = (warp % kWarpColumns) * (8 * kFragments) + (lane & 7) + ((lane >> 4) << 3);
   const int code_half = (lane >> 3) & 1;
-  IBQ_UNROLL_BY(kElement == Element::f32 ? 1 : kChunkBytes / 32)
+  IBQ_UNROLL_BY(kElement == Element::f32 ? 1 : kFragments < 8 ? 2 : kChunkBytes / 32)
   for (int step = 0; step < kChunkBytes / 32; ++step) {
     uint32_t a[kWarpRowFragments][4];
     IBQ_UNROLL
@@ -127,7 +125,7 @@ IBQ_DEVICE void multiply_chunk(typename CodeTile<kElement>::Accumulator& accumul
       IBQ_UNROLL
       for (int m = 0; m < kWarpRowFragments; ++m) split_tf32(a[m], a_low[m]);
       IBQ_UNROLL
-      for (int pair = 0; pair < CodeTile<kElement>::kFragments / 2; ++pair) {
+      for (int pair = 0; pair < kFragments / 2; ++pair) {
         uint32_t b[4], b_low[4];
         ldmatrix_x4(b, tile_address(code_tile, code_row, step * 2 + code_half) + pair * 16 * kChunkBytes);
         split_tf32(b, b_low);
@@ -139,7 +137,7 @@ IBQ_DEVICE void multiply_chunk(typename CodeTile<kElement>::Accumulator& accumul
       }
     } else {
       IBQ_UNROLL
-      for (int pair = 0; pair < CodeTile<kElement>::kFragments / 2; ++pair) {
+      for (int pair = 0; pair < kFragments / 2; ++pair) {
         uint32_t b[4];
         ldmatrix_x4(b, tile_address(code_tile, code_row, step * 2 + code_half) + pair * 16 * kChunkBytes);
         IBQ_UNROLL

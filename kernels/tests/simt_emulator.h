@@ -292,6 +292,35 @@ inline void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
   });
 }
 
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress row) {
+  struct Lane {
+    uint32_t (*r)[4];
+    SharedAddress row;
+  } mine{&r, row};
+  emulator::warp_meeting(mine, [](Lane** lanes) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        uint16_t pair[2];
+        for (int i = 0; i < 2; ++i)
+          std::memcpy(
+              &pair[i],
+              emulator::shared_bytes_at(lanes[8 * matrix + 2 * (lane % 4) + i]->row, 16) + 2 * (lane / 4), 2);
+        (*lanes[lane]->r)[matrix] = pair[0] | (uint32_t{pair[1]} << 16);
+      }
+  });
+}
+
+inline uint32_t load_shared_4(SharedAddress src) {
+  uint32_t x;
+  std::memcpy(&x, emulator::shared_bytes_at(src, 4), 4);
+  return x;
+}
+inline uint16_t load_shared_2(SharedAddress src) {
+  uint16_t x;
+  std::memcpy(&x, emulator::shared_bytes_at(src, 2), 2);
+  return x;
+}
+
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulator::mma<2>(c, a, b0, b1, [](uint32_t word, int i) {
     return emulator::bf16_to_float(static_cast<uint16_t>(word >> (16 * i)));
@@ -319,8 +348,20 @@ inline uint32_t round_to_tf32(float x) {
 }
 
 inline float as_float(uint32_t bits) { return emulator::bits_to_float(bits); }
+inline uint32_t as_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float f16_to_float(uint16_t bits) { return emulator::f16_to_float(bits); }
+inline uint32_t round_to_bf16(float x) {
+  const uint32_t bits = as_bits(x);
+  return is_nan(x) ? 0x7fffu : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+inline uint32_t pack_bf16(float low, float high) { return round_to_bf16(low) | (round_to_bf16(high) << 16); }
 inline float exp2_approximate(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 inline float max_or_nan(float a, float b) { return is_nan(a) || is_nan(b) ? quiet_nan() : (a > b ? a : b); }
+inline float larger(float a, float b) { return std::fmax(a, b); }
 
 template <typename T>
 T shuffle_xor(T x, int lanes) {
@@ -346,10 +387,24 @@ inline uint32_t lanes_with_same(int32_t value) {
   return mine.mask;
 }
 
+inline uint32_t lanes_where(bool condition) {
+  struct Lane {
+    bool condition;
+    uint32_t mask;
+  } mine{condition, 0};
+  emulator::warp_meeting(mine, [](Lane** all) {
+    uint32_t mask = 0;
+    for (int lane = 0; lane < 32; ++lane) mask |= uint32_t{all[lane]->condition} << lane;
+    for (int lane = 0; lane < 32; ++lane) all[lane]->mask = mask;
+  });
+  return mine.mask;
+}
+
 inline int first_lane(uint32_t lanes) { return __builtin_ctz(lanes); }
 inline int count_lanes(uint32_t lanes) { return __builtin_popcount(lanes); }
 inline void atomic_add_shared(uint32_t* address, uint32_t value) { *address += value; }
 inline void atomic_add_global(int64_t* address, int64_t value) { *address += value; }
+inline void atomic_add_global(float* address, float value) { *address += value; }
 
 // Threads that have returned take no part, as on the device.
 inline void block_barrier() {

@@ -1,15 +1,14 @@
 // The CUDA kernels themselves, run by the emulator: ragged sizes, every element type, every alignment and
 // pipeline configuration, ties, NaN and infinities, compared with a loop in double.
-#define IBQ_SIMT_EMULATION
-
 #include <algorithm>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "simt_queue.h"
+
 #include "../cuda/gather_kernel.cuh"
 #include "../cuda/histogram_kernel.cuh"
-#include "../cuda/search_kernel.cuh"
 #include "check.h"
 
 namespace {
@@ -17,53 +16,7 @@ namespace {
 using namespace ibq;
 using namespace ibq::cuda;
 
-// A matrix of one element type, placed `offset` elements after a 16-byte boundary, ending with its buffer.
-struct Matrix {
-  Element element;
-  int64_t rows, columns;
-  std::vector<unsigned char> storage;
-  unsigned char* data;
-
-  Matrix(Element element, int64_t rows, int64_t columns, int offset)
-      : element(element), rows(rows), columns(columns) {
-    const auto bytes = static_cast<size_t>((rows * columns + offset) * size());
-    storage.resize(bytes + 16);
-    const auto start = reinterpret_cast<uintptr_t>(storage.data());
-    data = storage.data() + (16 - start % 16) % 16 + offset * size();
-  }
-  Matrix(const Matrix&) = delete;
-
-  int size() const { return element == Element::f32 ? 4 : 2; }
-
-  void set(int64_t row, int64_t column, float value) {
-    unsigned char* place = data + (row * columns + column) * size();
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if (element == Element::bf16)
-      bits = is_nan(value) ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    if (element == Element::f16) bits = half_bits(value);
-    std::memcpy(place, &bits, static_cast<size_t>(size()));  // little endian
-  }
-
-  float get(int64_t row, int64_t column) const {
-    uint32_t bits = 0;
-    std::memcpy(&bits, data + (row * columns + column) * size(), static_cast<size_t>(size()));
-    if (element == Element::bf16) return emulator::bf16_to_float(static_cast<uint16_t>(bits));
-    if (element == Element::f16) return emulator::f16_to_float(static_cast<uint16_t>(bits));
-    return emulator::bits_to_float(bits);
-  }
-
-  // Nearest half by truncation of the float: exact for the small integers and fine for random values, since
-  // the reference reads back what was stored.
-  static uint32_t half_bits(float value) {
-    if (is_nan(value)) return 0x7e00u;
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    const int exponent = static_cast<int>((bits >> 23) & 255u) - 112;
-    if (exponent <= 0) return (bits >> 16) & 0x8000u;
-    return ((bits >> 16) & 0x8000u) | (static_cast<uint32_t>(exponent) << 10) | ((bits >> 13) & 1023u);
-  }
-};
+using ibq::test::Matrix;
 
 struct Case {
   const char* name;
@@ -126,7 +79,7 @@ Result search(const Case& c, const Problem& p) {
   args.row_bytes = c.D * p.z.size();
   const auto bits = reinterpret_cast<uintptr_t>(args.z) | reinterpret_cast<uintptr_t>(args.codebook) |
                     static_cast<uintptr_t>(args.row_bytes);
-  args.access = bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
+  args.access = widest_access(bits);
   args.plan = plan_search(c.N, c.K, c.D, p.z.size(), c.device);
   CHECK(args.plan.stages != 0, "%s: no plan", c.name);
   const auto statistics = static_cast<size_t>(args.plan.schedule.splits * c.N);

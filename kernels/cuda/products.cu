@@ -1,0 +1,27 @@
+// The products of product_kernel.cuh. UNRUN ON A GPU.
+#include "launches.h"
+#include "product_kernel.cuh"
+
+namespace ibq::cuda {
+namespace {
+
+template <Element kElement>
+cudaError_t launch_product(const Launch& launch, const ProductArguments& args) {
+  return launch.kernel == Kernel::product ? launch_instance(product_kernel<kElement, false>, launch, args)
+                                          : launch_instance(product_kernel<kElement, true>, launch, args);
+}
+
+}  // namespace
+
+cudaError_t launch_kernel(const Launch& launch, const ProductArguments& args) {
+  switch (launch.element) {
+    case Element::f32:
+      return launch_product<Element::f32>(launch, args);
+    case Element::bf16:
+      return launch_product<Element::bf16>(launch, args);
+    default:
+      return launch_product<Element::f16>(launch, args);
+  }
+}
+
+}  // namespace ibq::cuda
