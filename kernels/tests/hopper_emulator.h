@@ -483,6 +483,8 @@ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
   emulator::wgmma({d, a, b, accumulate}, kRegisters, kBf16, kA == Major::outer, kB == Major::outer);
 }
 
+inline int fresh_thread() { return static_cast<int>(threadIdx.x); }
+
 template <bool kBf16>
 uint32_t pack_two(float low, float high) {
   const auto round = [](float x) -> uint32_t {

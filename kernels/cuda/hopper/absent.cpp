@@ -13,6 +13,11 @@ const char* refusal(int64_t, int64_t, int64_t, ibq_dtype, uint64_t) {
 
 int encode_tensor_map(const TensorMapRequest&, TensorMap*) { return kNotSupported; }
 
+bool takes_over(Kernel, Element, const SweepArguments&) { return false; }
+bool takes_over(Kernel, Element, const ProductArguments&) { return false; }
+int launch(Kernel, const SweepArguments&, void*) { return kNotSupported; }
+int launch(Kernel, const ProductArguments&, void*) { return kNotSupported; }
+
 int codebook_search_workspace(int64_t, int64_t, int64_t, int, int64_t*) { return kNotSupported; }
 
 int codebook_search(const void*, const void*, const float*, float, int64_t, int64_t, int64_t, ibq_dtype,

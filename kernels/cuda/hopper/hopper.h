@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../ibq_cuda.h"
+#include "../launch_list.h"
 #include "tensor_map.h"
 
 namespace ibq::cuda::hopper {
@@ -13,6 +14,14 @@ const char* refusal(int64_t N, int64_t K, int64_t D, ibq_dtype dtype, uint64_t a
 
 // cuTensorMapEncodeTiled, found through the runtime so that nothing links libcuda. A cudaError_t.
 int encode_tensor_map(const TensorMapRequest& request, TensorMap* map);
+
+// Whether a launch of the training sequences goes to the Hopper kernels: `takes` (substitutes.h) on a device
+// that has them. Their row tiles, splits and workspace are the portable kernels', so each launch decides for
+// itself.
+bool takes_over(Kernel kernel, Element element, const SweepArguments& args);
+bool takes_over(Kernel kernel, Element element, const ProductArguments& args);
+int launch(Kernel kernel, const SweepArguments& args, void* stream);
+int launch(Kernel kernel, const ProductArguments& args, void* stream);
 
 // As in ibq_cuda.h, for what refusal() takes.
 int codebook_search_workspace(int64_t N, int64_t K, int64_t D, int with_lse, int64_t* bytes);

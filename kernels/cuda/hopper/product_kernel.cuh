@@ -14,19 +14,11 @@
 // columns contiguous, W its codes, which is the depth in W B and the rows of the output in W^T B.
 #pragma once
 
-#include "../sweep_arguments.h"
 #include "operand.cuh"
 #include "product_plan.h"
-#include "stream_plan.h"
+#include "sweep_parameters.h"
 
 namespace ibq::cuda::hopper {
-
-struct ProductParameters {
-  TensorMap weights;  // boxes of 128 rows; transposed: of 64
-  TensorMap operand;  // boxes of 64 rows
-  int stages;
-  ProductArguments args;
-};
 
 namespace products {
 

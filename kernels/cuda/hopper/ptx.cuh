@@ -203,6 +203,13 @@ IBQ_DEVICE void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accum
 #undef IBQ_WGMMA_LIST_4
 #undef IBQ_WGMMA_HOLD_4
 
+// threadIdx.x, read anew: a value derived from it needs no register while products are under way.
+IBQ_DEVICE int fresh_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  return thread;
+}
+
 // {low, high} rounded to nearest, packed.
 template <bool kBf16>
 IBQ_DEVICE uint32_t pack_two(float low, float high) {

@@ -165,10 +165,9 @@ hopper_search_kernel(const IBQ_GRID_CONSTANT SearchParameters p) {
     if (threadIdx.x == 0) produce<WideRows>(task, p.plan, shared, barriers);
   } else {
     take_registers<240>();
-    const int warpgroup = static_cast<int>(threadIdx.x) / 128 - 1;
-    const int first_row = warpgroup * kBoxRows;
+    const int first_row = consumer_warpgroup() * kBoxRows;
     search::Epilogue<kWithLse> epilogue(p, first_row);
-    consume<kBf16, WideRows>(task, epilogue, p.plan, shared, barriers, warpgroup, first_row, first_row + 64);
+    consume<kBf16, WideRows>(task, epilogue, p.plan, shared, barriers, first_row, first_row + 64);
   }
 }
 

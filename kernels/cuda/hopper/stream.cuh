@@ -38,16 +38,12 @@ struct Barriers {
   IBQ_DEVICE SharedAddress rows_empty() const { return empty(kMaxStages); }
 };
 
-// A place in the ring and the parity of the phase that is awaited there.
+// A place in the ring, and the parity of the phase that is awaited there, in one register.
 struct RingPlace {
-  int stage = 0;
-  uint32_t parity = 0;
-  IBQ_DEVICE void advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
+  int packed = 0;
+  IBQ_DEVICE int stage() const { return packed & 255; }
+  IBQ_DEVICE uint32_t parity() const { return static_cast<uint32_t>(packed) >> 8; }
+  IBQ_DEVICE void advance(int stages) { packed = stage() + 1 == stages ? (packed & 256) ^ 256 : packed + 1; }
 };
 
 // Where 128 rows come from.
@@ -67,10 +63,11 @@ IBQ_DEVICE bool step_is_live(const Task& task, int row_tile, int tile, int end_t
          (Shape::kTiles == 2 && tile + 1 < end_tile && task.live(row_tile, tile + 1));
 }
 
-// How many items this block takes.
-IBQ_DEVICE int rounds_of_block(const TileSchedule& schedule) {
-  return static_cast<int>((schedule.blocks() - blockIdx.x + gridDim.x - 1) / gridDim.x);
-}
+// 0 or 1, of a consumer.
+IBQ_DEVICE int consumer_warpgroup() { return fresh_thread() / 128 - 1; }
+
+// Parity of the phase in which the resident rows of an item come.
+IBQ_DEVICE uint32_t parity_of_item(int item) { return static_cast<uint32_t>(item) / gridDim.x & 1; }
 
 template <typename Shape, typename Task>
 IBQ_DEVICE void produce(const Task& task, const StreamPlan& plan, SharedAddress shared,
@@ -79,13 +76,12 @@ IBQ_DEVICE void produce(const Task& task, const StreamPlan& plan, SharedAddress 
   const int row_bytes = plan.panels * Shape::kResident * kBoxBytes;
   const SharedAddress ring = shared + static_cast<SharedAddress>(row_bytes);
   const TileSchedule schedule = task.schedule();
-  const int rounds = rounds_of_block(schedule);
+  const int items = static_cast<int>(schedule.blocks());
   RingPlace place;
   IBQ_UNROLL_BY(1)
-  for (int round = 0; round < rounds; ++round) {
-    const int item = static_cast<int>(blockIdx.x) + round * static_cast<int>(gridDim.x);
+  for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
     const int row_tile = static_cast<int>(schedule.row_tile(item));
-    barrier_wait(barriers.rows_empty(), (round & 1) ^ 1);  // at first for the phase before: no wait
+    barrier_wait(barriers.rows_empty(), parity_of_item(item) ^ 1);  // at first for the phase before: no wait
     barrier_arrive_expect(barriers.rows_full(), row_bytes);
     IBQ_UNROLL_BY(1)
     for (int piece = 0; piece < plan.panels * Shape::kResident; ++piece) {
@@ -99,14 +95,14 @@ IBQ_DEVICE void produce(const Task& task, const StreamPlan& plan, SharedAddress 
       if (!step_is_live<Shape>(task, row_tile, tile, end_tile)) continue;
       IBQ_UNROLL_BY(1)
       for (int panel = 0; panel < plan.panels; ++panel) {
-        const SharedAddress stage = ring + static_cast<SharedAddress>(place.stage * kStageBytes);
-        barrier_wait(barriers.empty(place.stage), place.parity ^ 1);
-        barrier_arrive_expect(barriers.full(place.stage), kStageBytes);
+        const SharedAddress stage = ring + static_cast<SharedAddress>(place.stage() * kStageBytes);
+        barrier_wait(barriers.empty(place.stage()), place.parity() ^ 1);
+        barrier_arrive_expect(barriers.full(place.stage()), kStageBytes);
         IBQ_UNROLL
         for (int i = 0; i < Shape::kTiles; ++i) {
           const Box box = task.codes(tile + i);
           copy_box(stage + static_cast<SharedAddress>(i * kBoxBytes), *box.map, panel * kMapColumns, box.row,
-                   barriers.full(place.stage));
+                   barriers.full(place.stage()));
         }
         place.advance(plan.stages);
       }
@@ -123,26 +119,25 @@ IBQ_DEVICE void produce(const Task& task, const StreamPlan& plan, SharedAddress 
 //                                end_tile, of tile + 1
 //   skip(row_tile, tile, end_tile)  instead of both where the step is not live
 //   end(row_tile, split)
-// A warpgroup's rows are 64 from first_block and 64 from second_block on.
+// The calling warpgroup's rows are 64 from first_block and 64 from second_block on.
 template <bool kBf16, typename Shape, typename Task, typename Epilogue>
 IBQ_DEVICE void consume(const Task& task, Epilogue& epilogue, const StreamPlan& plan, SharedAddress shared,
-                        const Barriers& barriers, int warpgroup, int first_block, int second_block) {
+                        const Barriers& barriers, int first_block, int second_block) {
   constexpr int kStageBytes = Shape::kTiles * kBoxBytes;
-  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const auto lane_is_0 = [] { return (fresh_thread() & 31) == 0; };
   const SharedAddress ring = shared + static_cast<SharedAddress>(plan.panels * Shape::kResident * kBoxBytes);
   const TileSchedule schedule = task.schedule();
-  const int rounds = rounds_of_block(schedule);
+  const int items = static_cast<int>(schedule.blocks());
   RingPlace place;
   // The first turn of warpgroup 0 is handed over here; the last that warpgroup 1 hands over is taken at the
   // end.
-  if (warpgroup == 1) named_barrier_arrive<256>(kTurnBarrier);
+  if (consumer_warpgroup() == 1) named_barrier_arrive<256>(kTurnBarrier);
   IBQ_UNROLL_BY(1)
-  for (int round = 0; round < rounds; ++round) {
-    const int item = static_cast<int>(blockIdx.x) + round * static_cast<int>(gridDim.x);
+  for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
     const int row_tile = static_cast<int>(schedule.row_tile(item));
     epilogue.begin(row_tile);
     const int32_t end_tile = static_cast<int32_t>(schedule.end_tile(item));
-    barrier_wait(barriers.rows_full(), round & 1);
+    barrier_wait(barriers.rows_full(), parity_of_item(item));
     IBQ_UNROLL_BY(1)
     for (int32_t tile = static_cast<int32_t>(schedule.first_tile(item)); tile < end_tile;
          tile += Shape::kTiles) {
@@ -151,13 +146,13 @@ IBQ_DEVICE void consume(const Task& task, Epilogue& epilogue, const StreamPlan& 
         continue;
       }
       float s0[kBlockRegisters], s1[kBlockRegisters];
-      named_barrier_sync<256>(kTurnBarrier + warpgroup);
+      named_barrier_sync<256>(kTurnBarrier + consumer_warpgroup());
       int held = 0;  // the stage of the panel before
       IBQ_UNROLL_BY(1)
       for (int panel = 0; panel < plan.panels; ++panel) {
-        barrier_wait(barriers.full(place.stage), place.parity);
+        barrier_wait(barriers.full(place.stage()), place.parity());
         const SharedAddress rows = shared + static_cast<SharedAddress>(panel * Shape::kResident * kBoxBytes);
-        const SharedAddress stage = ring + static_cast<SharedAddress>(place.stage * kStageBytes);
+        const SharedAddress stage = ring + static_cast<SharedAddress>(place.stage() * kStageBytes);
         const uint64_t rows0 = along_columns(rows, first_block);
         const uint64_t rows1 = along_columns(rows, second_block);
         const uint64_t codes0 = along_columns(stage, 0);
@@ -173,23 +168,23 @@ IBQ_DEVICE void consume(const Task& task, Epilogue& epilogue, const StreamPlan& 
         wgmma_commit();
         if (panel > 0) {
           wgmma_wait<1>();
-          if (lane == 0) barrier_arrive(barriers.empty(held));
+          if (lane_is_0()) barrier_arrive(barriers.empty(held));
         }
-        held = place.stage;
+        held = place.stage();
         place.advance(plan.stages);
       }
-      named_barrier_arrive<256>(kTurnBarrier + 1 - warpgroup);
+      named_barrier_arrive<256>(kTurnBarrier + 1 - consumer_warpgroup());
       epilogue.prepare(tile);
       wgmma_wait<0>();
       hold(s0);
       hold(s1);
-      if (lane == 0) barrier_arrive(barriers.empty(held));
+      if (lane_is_0()) barrier_arrive(barriers.empty(held));
       epilogue.fold(row_tile, tile, end_tile, s0, s1);
     }
-    if (lane == 0) barrier_arrive(barriers.rows_empty());
+    if (lane_is_0()) barrier_arrive(barriers.rows_empty());
     epilogue.end(row_tile, static_cast<int>(schedule.split(item)));
   }
-  if (warpgroup == 0) named_barrier_sync<256>(kTurnBarrier);
+  if (consumer_warpgroup() == 0) named_barrier_sync<256>(kTurnBarrier);
 }
 
 // What every kernel of this frame begins with; all threads of the block call it.

@@ -24,24 +24,14 @@
 
 #include "../sweep_kernel.cuh"
 #include "stream.cuh"
+#include "sweep_parameters.h"
 
 namespace ibq::cuda::hopper {
-
-struct SweepParameters {
-  TensorMap z;  // boxes of kBoxRows rows, as the others
-  TensorMap cotangents;
-  TensorMap codebook;
-  StreamPlan plan;
-  SweepArguments args;
-};
 
 namespace sweeps {
 
 constexpr int kColumns = 2 * kStreamFragments;  // that a thread holds of each of its two rows of a tile
 constexpr int kExchangeBarrier = 3;             // and the three after it, one a slot
-// What a slot holds, in floats: the tops of 8 warps, their column sums.
-constexpr int kSlotTops = 2 * kConsumerWarps;
-constexpr int kSlotFloats = kSlotTops + kConsumerWarps * kStreamCodes;
 
 IBQ_HD constexpr bool has_cotangents(Sweep sweep) { return sweep == Sweep::select || sweep == Sweep::both; }
 
@@ -57,11 +47,6 @@ template <>
 struct ShapeOf<Sweep::both> {
   using Type = WideRows;
 };
-
-template <typename Shape>
-IBQ_HD constexpr int64_t exchange_bytes() {
-  return int64_t{2} * Shape::kTiles * kSlotFloats * 4;
-}
 
 struct Task {
   const SweepParameters& p;
@@ -103,13 +88,11 @@ struct Epilogue {
 
   const SweepArguments& args;
   const Task& task;
-  float* const exchange;
-  const int warpgroup;
+  const StreamPlan& plan;
   int step = 0;
   float first[2], second[2];  // sums over the split, as sweep::RowSums
 
-  IBQ_DEVICE Epilogue(const SweepParameters& p, const Task& task, float* exchange, int warpgroup)
-      : args(p.args), task(task), exchange(exchange), warpgroup(warpgroup) {}
+  IBQ_DEVICE Epilogue(const SweepParameters& p, const Task& task) : args(p.args), task(task), plan(p.plan) {}
 
   IBQ_DEVICE void begin(int) { first[0] = first[1] = second[0] = second[1] = 0.0f; }
 
@@ -117,10 +100,10 @@ struct Epilogue {
 
   // The thread's row h of a row tile, in the rectangle, and its first column of a tile.
   IBQ_DEVICE int32_t row_of(int row_tile, int h) const {
-    const int thread = static_cast<int>(threadIdx.x) & 127;
-    return row_tile * kSweepTileRows + warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4 + 8 * h;
+    const int thread = fresh_thread() - 128;  // among the consumers: 16 rows a warp
+    return row_tile * kSweepTileRows + thread / 32 * 16 + thread % 32 / 4 + 8 * h;
   }
-  IBQ_DEVICE static int32_t thread_column() { return (static_cast<int32_t>(threadIdx.x) & 3) * 2; }
+  IBQ_DEVICE static int32_t thread_column() { return (fresh_thread() & 3) * 2; }
 
   // Read again for every tile: there is no room to keep them.
   IBQ_DEVICE RowConstants row_constants(int row_tile, int h) const {
@@ -135,8 +118,8 @@ struct Epilogue {
 
   // What is written of a tile that was not formed.
   IBQ_DEVICE void leave_out(int row_tile, int32_t tile) {
-    if (warpgroup == 0) return;
-    const int thread = static_cast<int>(threadIdx.x) & 127;
+    if (consumer_warpgroup() == 0) return;
+    const int thread = fresh_thread() & 127;
     const int64_t place = int64_t{row_tile} * args.plan.schedule.code_tiles + tile;
     if (args.live != nullptr && thread == 0) args.live[place] = 0;
     if (args.column_parts != nullptr) args.column_parts[place * kSweepTileCodes + thread] = 0.0f;
@@ -168,10 +151,10 @@ struct Epilogue {
                          float (&g)[kBlockRegisters]) {
     const int32_t first_code =
         static_cast<int32_t>(args.first_code) + tile * kSweepTileCodes + thread_column();
-    float* const slot_tops = exchange + slot * kSlotFloats;
+    float* const slot_tops = reinterpret_cast<float*>(swizzled_shared() + plan.extra_at) + slot * kSlotFloats;
     float* const slot_columns = slot_tops + kSlotTops;
-    const int lane = static_cast<int>(threadIdx.x) & 31;
-    const int warp = (static_cast<int>(threadIdx.x) >> 5 & 3) + 4 * warpgroup;
+    const int lane = fresh_thread() & 31;
+    const int warp = fresh_thread() / 32 - 4;  // among the consumers
     form_logits(first_code, s);
     float most[2];
     write_tops(row_tile, s, most, slot_tops, lane, warp);
@@ -189,7 +172,7 @@ struct Epilogue {
         slot_columns[warp * kStreamCodes + column / 2 * 8 + column % 2 + thread_column()] = columns[i];
       }
     }
-    if (warpgroup == 0) {
+    if (consumer_warpgroup() == 0) {
       named_barrier_arrive<256>(kExchangeBarrier + slot);
     } else {
       named_barrier_sync<256>(kExchangeBarrier + slot);
@@ -256,20 +239,23 @@ struct Epilogue {
     uint32_t* const out = args.weights == nullptr
                               ? nullptr
                               : reinterpret_cast<uint32_t*>(args.weights) + (place + thread_column()) / 2;
+    int winners[2] = {-1, -1};
     IBQ_UNROLL
     for (int f = 0; f < kStreamFragments; ++f) {
       float weight[2];
       IBQ_UNROLL
       for (int e = 0; e < 2; ++e)
-        weight[e] = finish_entry(row, row_tile, h, select, entropy, first_code, 2 * f + e,
+        weight[e] = finish_entry(row, h, select, entropy, first_code, 2 * f + e, winners,
                                  s[4 * f + 2 * h + e], g[4 * f + 2 * h + e]);
       if (out != nullptr) out[4 * f] = pack_bf16(weight[0], weight[1]);
     }
+    if constexpr (kSelect) write_winner(0, row_tile, h, first_code, winners[0]);
+    if constexpr (kEntropy) write_winner(1, row_tile, h, first_code, winners[1]);
   }
 
   // Returns an entry of W; x becomes its term of the column sum.
-  IBQ_DEVICE float finish_entry(const RowConstants& row, int row_tile, int h, bool select, bool entropy,
-                                int32_t first_code, int i, float& x, float g) {
+  IBQ_DEVICE float finish_entry(const RowConstants& row, int h, bool select, bool entropy, int32_t first_code,
+                                int i, int (&winners)[2], float& x, float g) {
     const float c = kSweep == Sweep::select ? 0.0f : of_code(args.column_weights, first_code, i);
     if constexpr (kSweep == Sweep::probability) {
       const float weight = select ? exponent(sweep::select_log(row, x)) : 0.0f;
@@ -281,7 +267,7 @@ struct Epilogue {
     if constexpr (kSelect) {
       if (select) {
         const float p = exponent(sweep::select_log(row, x));
-        ds = without_winner(0, row_tile, h, first_code, i, p, p * (g - row.delta));
+        ds = without_winner(winners[0], i, p, p * (g - row.delta));
         first[h] += ds;
       }
     }
@@ -290,7 +276,7 @@ struct Epilogue {
         const float log_p = sweep::entropy_log(row, x, args.inverse_tau);
         const float p = exponent(log_p);
         const float own = p * (larger(log_p, kLeastLogProb) * row.slope + (c * args.share + row.offset));
-        const float others = without_winner(1, row_tile, h, first_code, i, p, own);
+        const float others = without_winner(winners[1], i, p, own);
         second[h] += others;
         ds += others;
       }
@@ -299,17 +285,23 @@ struct Epilogue {
     return ds;
   }
 
-  IBQ_DEVICE float without_winner(int group, int row_tile, int h, int32_t first_code, int i, float p,
-                                  float ds) const {
-    return sweep::without_winner(args, group, args.first_row + row_of(row_tile, h),
-                                 first_code + 8 * (i / 2) + i % 2, p, ds);
+  // Takes a winner out, as sweep::without_winner, but only remembers which entry it was.
+  IBQ_DEVICE static float without_winner(int& winner, int i, float p, float ds) {
+    if (p > kWinner) winner = i;
+    return p > kWinner ? 0.0f : ds;
+  }
+
+  IBQ_DEVICE void write_winner(int group, int row_tile, int h, int32_t first_code, int winner) {
+    if (winner < 0) return;
+    args.winners[group * args.N + args.first_row + row_of(row_tile, h)] =
+        first_code + winner / 2 * 8 + winner % 2;
   }
 
   IBQ_DEVICE static float exponent(float x) { return sweep::exponential<Element::bf16>(x); }
 
   // Warpgroup 1, once both have left their parts: what is said of the whole tile.
   IBQ_DEVICE void write_tile(int row_tile, int32_t tile, const float* tops, const float* columns) {
-    const int thread = static_cast<int>(threadIdx.x) & 127;
+    const int thread = fresh_thread() & 127;
     const int64_t place = int64_t{row_tile} * args.plan.schedule.code_tiles + tile;
     if (args.column_parts != nullptr) {
       float sum = 0.0f;
@@ -371,13 +363,11 @@ hopper_sweep_kernel(const IBQ_GRID_CONSTANT SweepParameters p) {
     if (threadIdx.x == 0) produce<Shape>(task, p.plan, shared, barriers);
   } else {
     take_registers<240>();
-    const int warpgroup = static_cast<int>(threadIdx.x) / 128 - 1;
-    sweeps::Epilogue<kSweep> epilogue(p, task, reinterpret_cast<float*>(swizzled_shared() + p.plan.extra_at),
-                                      warpgroup);
+    const int first_row = consumer_warpgroup() * 64;
+    sweeps::Epilogue<kSweep> epilogue(p, task);
     // Blocks of 64 rows: z's and g's, or z's twice.
     constexpr int kSecond = sweeps::has_cotangents(kSweep) ? kBoxRows : 0;
-    consume<true, Shape>(task, epilogue, p.plan, shared, barriers, warpgroup, warpgroup * 64,
-                         kSecond + warpgroup * 64);
+    consume<true, Shape>(task, epilogue, p.plan, shared, barriers, first_row, kSecond + first_row);
   }
 }
 
