@@ -8,6 +8,10 @@ DIR/<architecture>/ and prints a table for each; it exits with 1 if a kernel bre
 a budget has no kernel. Matrix instructions are counted in the disassembly (HMMA, HGMMA, UTC*MMA) where
 cuobjdump is found: on the PATH, beside nvcc, or in an installed triton wheel. Elsewhere they are counted in
 the PTX, and the table says so.
+
+A budget holds for every architecture, or for those it names: {"registers": 168, "spill_bytes": 0,
+"matrix_instructions": true, "instructions": ["HGMMA", "UTMALDG"], "architectures": ["sm_90a"]}. Each of
+"instructions" has to occur. Where ptxas says that it serialised wgmma or ignored setmaxnreg, that is a fault.
 """
 
 # ruff: noqa: T201 (the table on standard output is what this script is for)
@@ -22,21 +26,30 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SASS_MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 PTX_MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 ARCHITECTURE_ORDER = re.compile(r"\d+")
+# What `instructions` of a budget looks like in PTX, where there is no disassembly.
+PTX_OF = {"HGMMA": "wgmma.mma_async", "UTMALDG": "cp.async.bulk.tensor"}
+PTXAS_COMPLAINT = re.compile(r"(wgmma\.mma_async instructions are serialized|setmaxnreg.{0,40}ignored)", re.I)
+
+
+Budget = dict[str, Any]
 
 
 @dataclass
 class Kernel:
-    """One compiled entry function; matrix counts instructions that multiply matrices."""
+    """One compiled entry function; `matrix` counts instructions that multiply matrices in its `code`."""
 
     symbol: str
     source: str
     registers: int
     spill_bytes: int
     matrix: int
+    code: str
+    complaints: list[str]
 
 
 def compile_source(nvcc: str, architecture: str, source: Path, output: Path) -> int:
@@ -89,33 +102,32 @@ def read_resources(report: str) -> dict[str, tuple[int, int]]:
     return resources
 
 
-def count_by_kernel(text: str, header: re.Pattern[str], instruction: re.Pattern[str]) -> dict[str, int]:
-    """{mangled name: matching instructions} of a disassembly or of PTX, whose functions start at `header`."""
-    counts: dict[str, int] = {}
-    symbol = None
-    for line in text.splitlines():
-        if found := header.search(line):
-            symbol = found.group(1)
-            counts[symbol] = 0
-        elif symbol and instruction.search(line):
-            counts[symbol] += 1
-    return counts
+def code_by_kernel(text: str, header: re.Pattern[str]) -> dict[str, str]:
+    """{mangled name: its lines} of a disassembly or of PTX, whose functions start at `header`."""
+    starts = [(found.group(1), found.start()) for found in header.finditer(text)]
+    ends = [*(start for _, start in starts[1:]), len(text)]
+    return {symbol: text[start:end] for (symbol, start), end in zip(starts, ends, strict=False)}
 
 
-def count_matrix_instructions(cubin: Path, cuobjdump: str | None) -> dict[str, int]:
+def read_code(cubin: Path, cuobjdump: str | None) -> dict[str, str]:
     if cuobjdump is None:
-        ptx = cubin.with_suffix(".ptx").read_text()
-        return count_by_kernel(ptx, re.compile(r"\.entry\s+(\w+)\s*\("), PTX_MATRIX)
+        return code_by_kernel(cubin.with_suffix(".ptx").read_text(), re.compile(r"\.entry\s+(\w+)\s*\("))
     sass = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    return count_by_kernel(sass, re.compile(r"Function\s*:\s*(\w+)"), SASS_MATRIX)
+    return code_by_kernel(sass, re.compile(r"Function\s*:\s*(\w+)"))
 
 
 def read_kernels(folder: Path, cuobjdump: str | None) -> list[Kernel]:
     kernels = []
+    matrix = SASS_MATRIX if cuobjdump else PTX_MATRIX
     for cubin in sorted(folder.glob("*.cubin")):
-        matrix = count_matrix_instructions(cubin, cuobjdump)
-        for symbol, (registers, spills) in read_resources(cubin.with_suffix(".ptxas").read_text()).items():
-            kernels.append(Kernel(symbol, cubin.stem, registers, spills, matrix.get(symbol, 0)))
+        code = read_code(cubin, cuobjdump)
+        notes = cubin.with_suffix(".ptxas").read_text()
+        for symbol, (registers, spills) in read_resources(notes).items():
+            text = code.get(symbol, "")
+            count = sum(1 for line in text.splitlines() if matrix.search(line))
+            said = [line for line in notes.splitlines() if f"'{symbol}'" in line]
+            complaints = [found.group(1) for line in said if (found := PTXAS_COMPLAINT.search(line))]
+            kernels.append(Kernel(symbol, cubin.stem, registers, spills, count, text, complaints))
     return kernels
 
 
@@ -132,7 +144,7 @@ def demangle(symbols: list[str]) -> dict[str, str]:
     return dict(zip(symbols, (re.sub(r"^void ", "", name) for name in short), strict=True))
 
 
-def violations(kernel: Kernel, budgets: dict[str, dict[str, int]]) -> list[str]:
+def violations(kernel: Kernel, budgets: dict[str, Budget], from_sass: bool) -> list[str]:
     """What is wrong with one kernel. Its budget is the longest budget name that its symbol contains."""
     names = [name for name in budgets if name in kernel.symbol]
     if not names:
@@ -145,10 +157,13 @@ def violations(kernel: Kernel, budgets: dict[str, dict[str, int]]) -> list[str]:
         wrong.append(f"more than {budget['spill_bytes']} bytes of spills")
     if budget["matrix_instructions"] and kernel.matrix == 0:
         wrong.append("no matrix instructions")
-    return wrong
+    for name in budget.get("instructions", []):
+        if (name if from_sass else PTX_OF[name]) not in kernel.code:
+            wrong.append(f"no {name}")
+    return wrong + kernel.complaints
 
 
-def report(root: Path, budgets: dict[str, dict[str, int]]) -> int:
+def report(root: Path, all_budgets: dict[str, Budget]) -> int:
     folders = sorted(
         (f for f in root.iterdir() if f.is_dir()), key=lambda f: int(ARCHITECTURE_ORDER.findall(f.name)[0])
     )
@@ -161,12 +176,17 @@ def report(root: Path, budgets: dict[str, dict[str, int]]) -> int:
     summary = []
     for folder in folders:
         kernels = read_kernels(folder, cuobjdump)
+        budgets = {
+            name: budget
+            for name, budget in all_budgets.items()
+            if folder.name in budget.get("architectures", [folder.name])
+        }
         names = demangle([k.symbol for k in kernels])
         width = max([len(n) for n in names.values()] + [6])
         print(f"\n{folder.name:<{width}}  {'registers':>9}  {'spill bytes':>11}  {column:>9}")
         faults = 0
         for kernel in sorted(kernels, key=lambda k: names[k.symbol]):
-            wrong = violations(kernel, budgets)
+            wrong = violations(kernel, budgets, cuobjdump is not None)
             faults += len(wrong)
             matrix = f"yes ({kernel.matrix})" if kernel.matrix else "no"
             row = f"{names[kernel.symbol]:<{width}}  {kernel.registers:>9}  {kernel.spill_bytes:>11}"

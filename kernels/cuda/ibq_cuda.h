@@ -20,8 +20,17 @@ typedef enum ibq_dtype { IBQ_F32 = 0, IBQ_BF16 = 1, IBQ_F16 = 2 } ibq_dtype;
 
 const char* ibq_cuda_error_string(int error);
 
+// Which kernels the functions below use for bf16 and fp16: null says those for compute capability 9.0 (tensor
+// memory accelerator, wgmma), otherwise the reason why the portable ones serve. Null pointers stand for
+// aligned ones. The string is a literal.
+const char* ibq_cuda_hopper_refusal(const void* z, const void* codebook, int64_t N, int64_t K, int64_t D,
+                                    ibq_dtype dtype);
+
+// allow = 0 makes every later call of the process use the portable kernels; the start is 1.
+void ibq_cuda_allow_hopper(int allow);
+
 // Bytes of workspace for ibq_cuda_codebook_search on the current device into *bytes. It grows with N and the
-// number of splits, whose product is bounded: at most 12 * (N + 4 * 128 * blocks the device runs at once).
+// number of splits, whose product is bounded: at most 12 * (N + 4 * 256 * blocks the device runs at once).
 int ibq_cuda_codebook_search_workspace(int64_t N, int64_t K, int64_t D, ibq_dtype dtype, int with_lse,
                                        int64_t* bytes);
 

@@ -1,4 +1,5 @@
-// The products of product_kernel.cuh. UNRUN ON A GPU.
+// The products of product_kernel.cuh, or the Hopper ones in their place. UNRUN ON A GPU.
+#include "hopper/hopper.h"
 #include "launches.h"
 #include "product_kernel.cuh"
 
@@ -14,6 +15,8 @@ cudaError_t launch_product(const Launch& launch, const ProductArguments& args) {
 }  // namespace
 
 cudaError_t launch_kernel(const Launch& launch, const ProductArguments& args) {
+  if (hopper::takes_over(launch.kernel, launch.element, args))
+    return static_cast<cudaError_t>(hopper::launch(launch.kernel, args, launch.stream));
   switch (launch.element) {
     case Element::f32:
       return launch_product<Element::f32>(launch, args);
