@@ -1,5 +1,5 @@
-// The search as nvcc compiles and launches it: the Hopper kernels where they serve, those of search_kernel.cuh
-// elsewhere. UNRUN ON A GPU.
+// The search as nvcc compiles and launches it: the Hopper kernels where they serve, those of
+// search_kernel.cuh elsewhere. UNRUN ON A GPU.
 #include "cuda_queue.cuh"
 #include "hopper/hopper.h"
 #include "search_kernel.cuh"
