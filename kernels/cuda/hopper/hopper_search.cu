@@ -25,8 +25,8 @@ cudaError_t plan_on_device(int64_t N, int64_t K, int64_t D, SearchParameters* p,
 }
 
 template <bool kBf16, bool kWithLse>
-cudaError_t launch(const SearchParameters& p, unsigned blocks, int64_t* indices, float* max, float* lse,
-                   cudaStream_t stream) {
+cudaError_t launch_search(const SearchParameters& p, unsigned blocks, int64_t* indices, float* max,
+                          float* lse, cudaStream_t stream) {
   const auto kernel = hopper::hopper_search_kernel<kBf16, kWithLse>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                  static_cast<int>(p.plan.shared_bytes));
@@ -79,10 +79,10 @@ int codebook_search(const void* z, const void* codebook, const float* bias, floa
   p.split_sum = lse != nullptr ? p.split_max + 2 * statistics : nullptr;
   const auto queue = static_cast<cudaStream_t>(stream);
   if (lse != nullptr)
-    return bf16 ? launch<true, true>(p, blocks, indices, max, lse, queue)
-                : launch<false, true>(p, blocks, indices, max, lse, queue);
-  return bf16 ? launch<true, false>(p, blocks, indices, max, lse, queue)
-              : launch<false, false>(p, blocks, indices, max, lse, queue);
+    return bf16 ? launch_search<true, true>(p, blocks, indices, max, lse, queue)
+                : launch_search<false, true>(p, blocks, indices, max, lse, queue);
+  return bf16 ? launch_search<true, false>(p, blocks, indices, max, lse, queue)
+              : launch_search<false, false>(p, blocks, indices, max, lse, queue);
 }
 
 }  // namespace ibq::cuda::hopper
