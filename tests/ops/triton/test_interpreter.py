@@ -49,4 +49,7 @@ def test_triton_is_never_chosen_unasked() -> None:
     """No committed result shows it right on a GPU yet."""
     for rows in backends._TABLE.values():
         row = next(row for row in rows if row.name == "triton")
-        assert row.hesitation("cuda") == "triton kernels are not proven on this cuda and have to be asked for"
+        for device in ("cuda", "npu"):
+            doubt = row.hesitation(device, torch.float32)
+            assert doubt is not None
+            assert doubt.endswith("have to be asked for")
