@@ -8,6 +8,11 @@
 
 namespace ibq::cuda {
 
+inline bool is_valid(const ibq_problem& p, const ibq_cross_entropy& args) {
+  return p.scale == 1.0f && p.norm_weight == 0.0f && args.targets && args.lse &&
+         args.label_smoothing >= 0.0 && args.label_smoothing <= 1.0;
+}
+
 struct CrossEntropyForwardWorkspace {
   SearchPlan plan;
   SearchWorkspace search;

@@ -60,7 +60,7 @@ int ibq_cuda_gather_codes(const void* codebook, const int64_t* indices, int64_t 
 // All of these take their operands in structs, whose null outputs are not computed, and a workspace of the
 // bytes that the function of the same name with _workspace asks for on the current device: 16-byte aligned,
 // scratch. It is bounded by a constant (64 MiB of weights, partial sums of one tile for each block that runs
-// at once) plus terms in N and in K alone.
+// at once) plus terms in N and in K alone. With N = 0 nothing is written.
 
 // S = scale * z @ codebook^T + bias - norm_weight * |codebook_j|^2 [N, K], never stored.
 typedef struct ibq_problem {

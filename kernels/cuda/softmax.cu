@@ -1,6 +1,7 @@
 // ibq_cuda_softmax_* and ibq_cuda_cross_entropy_*: checks, plans on the current device, launches. UNRUN ON A
 // GPU.
 #include "cross_entropy.h"
+#include "hopper/hopper.h"
 #include "launches.h"
 #include "softmax_backward.h"
 
@@ -21,17 +22,39 @@ cudaError_t current_limits(DeviceLimits* limits) {
   return error;
 }
 
+// By operand type, or to the Hopper kernels.
+cudaError_t launch_kernel(const Launch& launch, const SweepArguments& args) {
+  if (hopper::takes_over(launch.kernel, launch.element, args))
+    return static_cast<cudaError_t>(hopper::launch(launch.kernel, args, launch.stream));
+  switch (launch.element) {
+    case Element::f32:
+      return launch_sweep_f32(launch, args);
+    case Element::bf16:
+      return launch_sweep_bf16(launch, args);
+    default:
+      return launch_sweep_f16(launch, args);
+  }
+}
+
 namespace {
 
-cudaError_t sequence_limits(const ibq_problem& problem, LaunchLimits* limits) {
-  return is_valid(problem) ? current_limits(&limits->device) : cudaErrorInvalidValue;
+bool arguments_are_valid(const ibq_problem&, const ibq_softmax_forward& out) { return is_valid(out); }
+bool arguments_are_valid(const ibq_problem&, const ibq_softmax_backward& args) { return is_valid(args); }
+bool arguments_are_valid(const ibq_problem& problem, const ibq_cross_entropy& args) {
+  return is_valid(problem, args);
+}
+
+template <typename Arguments>
+cudaError_t sequence_limits(const ibq_problem& problem, const Arguments& args, LaunchLimits* limits) {
+  const bool valid = is_valid(problem) && arguments_are_valid(problem, args);
+  return valid ? current_limits(&limits->device) : cudaErrorInvalidValue;
 }
 
 // Workspace is what a sequence's layout comes to from a null base.
 template <typename Workspace, typename Arguments>
 int workspace_bytes(const ibq_problem* problem, const Arguments* args, int64_t* bytes) {
   LaunchLimits limits{};
-  const cudaError_t error = sequence_limits(*problem, &limits);
+  const cudaError_t error = sequence_limits(*problem, *args, &limits);
   if (error == cudaSuccess) *bytes = Workspace(Operands(*problem), *args, limits, nullptr).bytes;
   return error;
 }
@@ -41,7 +64,7 @@ template <typename Workspace, typename Arguments, typename Sequence>
 int run(const ibq_problem& problem, const Arguments& args, int64_t bytes, void* stream,
         const Sequence& sequence) {
   LaunchLimits limits{};
-  const cudaError_t error = sequence_limits(problem, &limits);
+  const cudaError_t error = sequence_limits(problem, args, &limits);
   if (error != cudaSuccess) return error;
   if (bytes < Workspace(Operands(problem), args, limits, nullptr).bytes) return cudaErrorInvalidValue;
   StreamQueue queue(static_cast<cudaStream_t>(stream));

@@ -10,6 +10,14 @@
 
 namespace ibq::cuda {
 
+// Whether the groups are complete (ibq_cuda.h).
+inline bool is_valid(const ibq_softmax_backward& args) {
+  if (!args.grad_z || !args.grad_codebook || (!args.grad_z_q && !args.row_entropy)) return false;
+  if (args.grad_z_q && (!args.lse || !args.readout)) return false;
+  return !args.row_entropy ||
+         (args.lse_tau && args.grad_row_entropy && args.grad_mean_prob && args.temperature > 0.0f);
+}
+
 struct BackwardWorkspace {
   float *bias, *centered, *column_sums, *row_dots, *gradients;
   RowConstants* rows;

@@ -68,6 +68,14 @@ inline StatisticsArguments statistics_arguments(const SearchArguments& search) {
   return args;
 }
 
+// Whether the outputs asked for go together (ibq_cuda.h).
+inline bool is_valid(const ibq_softmax_forward& out) {
+  if (!out.lse && !out.row_entropy) return false;
+  if (out.readout && !out.lse) return false;
+  if (out.mean_prob && !out.row_entropy) return false;
+  return !out.row_entropy || (out.lse_tau && out.temperature > 0.0f);
+}
+
 struct ForwardWorkspace {
   SearchPlan plan;
   SearchWorkspace search;

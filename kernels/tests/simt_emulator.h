@@ -64,7 +64,8 @@ constexpr uint32_t kWarpByWarp = 0;
 
 struct Block {
   static constexpr size_t kStackBytes = 256 * 1024;
-  std::vector<Fiber> fibers;
+  std::vector<Fiber> fibers;  // of the largest launch so far: their stacks are kept
+  uint32_t threads = 0;
   std::vector<Meeting> warps;
   Meeting barrier;
   int alive = 0;
@@ -87,7 +88,7 @@ inline void switch_to(uint32_t from, uint32_t to) {
 enum class Waiting { for_warp, for_block };
 
 inline uint32_t next_alive(uint32_t from, Waiting waiting) {
-  const uint32_t threads = static_cast<uint32_t>(block.fibers.size());
+  const uint32_t threads = block.threads;
   const bool stay_in_warp = block.turns == kWarpByWarp && waiting == Waiting::for_warp;
   uint32_t next = from;
   do {
@@ -134,13 +135,15 @@ void launch(int64_t blocks, int threads, int64_t shared_bytes, uint32_t turns, K
   for (int64_t b = 0; b < blocks; ++b) {
     blockIdx.x = static_cast<uint32_t>(b);
     std::memset(block.shared, 0xff, block.shared_bytes);
-    block.fibers.resize(static_cast<size_t>(threads));
+    if (block.fibers.size() < static_cast<size_t>(threads)) block.fibers.resize(static_cast<size_t>(threads));
+    block.threads = static_cast<uint32_t>(threads);
     block.warps.assign(static_cast<size_t>(threads / 32), Meeting{});
     block.barrier = Meeting{};
     block.alive = threads;
     block.idle_turns = 0;
-    for (Fiber& fiber : block.fibers) {
-      if (!fiber.stack) fiber.stack = std::make_unique<unsigned char[]>(Block::kStackBytes);
+    for (uint32_t t = 0; t < block.threads; ++t) {
+      Fiber& fiber = block.fibers[t];
+      if (!fiber.stack) fiber.stack.reset(new unsigned char[Block::kStackBytes]);
       fiber.done = false;
       fiber.groups.clear();
       fiber.open.clear();

@@ -146,6 +146,40 @@ void test_skipping_rule() {
   CHECK(tiles == 8 && blocks == kBoundedFrom / 128 + 1, "%ld, %ld", long(tiles), long(blocks));
 }
 
+void test_incomplete_arguments_are_refused() {
+  float some = 0.0f;
+  double more = 0.0;
+  ibq_softmax_forward forward{};
+  CHECK(!is_valid(forward), "nothing asked for");
+  forward.lse = &more;
+  CHECK(is_valid(forward), "the select group");
+  forward.mean_prob = &some;
+  CHECK(!is_valid(forward), "mean probabilities without entropies");
+  forward.row_entropy = &some;
+  forward.lse_tau = &more;
+  CHECK(!is_valid(forward), "temperature 0");
+  forward.temperature = 0.01f;
+  CHECK(is_valid(forward), "both groups");
+  ibq_softmax_backward backward{};
+  backward.grad_z = backward.grad_codebook = &some;
+  CHECK(!is_valid(backward), "no group");
+  backward.grad_z_q = &some;
+  backward.lse = &more;
+  CHECK(!is_valid(backward), "no readout");
+  backward.readout = &some;
+  CHECK(is_valid(backward), "the select group");
+  ibq_problem p{&some, &some, nullptr, 1, 1, 1, IBQ_F32, 1.0f, 0.5f, 0.0f};
+  const int64_t target = 0;
+  ibq_cross_entropy cross{};
+  cross.targets = &target;
+  cross.lse = &more;
+  CHECK(!is_valid(p, cross), "a norm weight");
+  p.norm_weight = 0.0f;
+  CHECK(is_valid(p, cross), "a linear head");
+  p.K = (int64_t{1} << 31) - 1;
+  CHECK(!is_valid(p), "too many codes");
+}
+
 void test_winners() {
   CHECK(winner_code(-1, -1) == -1 && winner_code(5, -1) == 5 && winner_code(-1, 5) == 5, "codes");
   CHECK(winner_gradient(5, 2.0, -1, 3.0) == -2.0 && winner_gradient(5, 2.0, 5, 3.0) == -5.0,
@@ -162,6 +196,7 @@ int main() {
   test_log_scale_keeps_digits();
   test_tempered_sums_join();
   test_skipping_rule();
+  test_incomplete_arguments_are_refused();
   test_winners();
   return ibq::test::finish("test_sweep_plan");
 }
