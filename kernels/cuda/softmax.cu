@@ -1,5 +1,6 @@
 // ibq_cuda_softmax_* and ibq_cuda_cross_entropy_*: checks, plans on the current device, launches. UNRUN ON A
 // GPU.
+#include "hopper/hopper.h"
 #include "launches.h"
 #include "sequences.h"
 
@@ -18,6 +19,20 @@ cudaError_t current_limits(DeviceLimits* limits) {
   limits->shared_per_multiprocessor = shared_per_multiprocessor;
   limits->shared_per_block = shared_per_block;
   return error;
+}
+
+// By operand type, or to the Hopper kernels.
+cudaError_t launch_kernel(const Launch& launch, const SweepArguments& args) {
+  if (hopper::takes_over(launch.kernel, launch.element, args))
+    return static_cast<cudaError_t>(hopper::launch(launch.kernel, args, launch.stream));
+  switch (launch.element) {
+    case Element::f32:
+      return launch_sweep_f32(launch, args);
+    case Element::bf16:
+      return launch_sweep_bf16(launch, args);
+    default:
+      return launch_sweep_f16(launch, args);
+  }
 }
 
 }  // namespace ibq::cuda

@@ -1,13 +1,10 @@
-// The sweeps of sweep_kernel.cuh for bf16 operands, or the Hopper ones in their place. UNRUN ON A GPU.
-#include "hopper/hopper.h"
+// The sweeps of sweep_kernel.cuh for bf16 operands. UNRUN ON A GPU.
 #include "launches.h"
 #include "sweep_kernel.cuh"
 
 namespace ibq::cuda {
 
 cudaError_t launch_sweep_bf16(const Launch& launch, const SweepArguments& args) {
-  if (hopper::takes_over(launch.kernel, launch.element, args))
-    return static_cast<cudaError_t>(hopper::launch(launch.kernel, args, launch.stream));
   switch (launch.kernel) {
     case Kernel::sweep_probability:
       return launch_instance(sweep_kernel<Element::bf16, Sweep::probability>, launch, args);
