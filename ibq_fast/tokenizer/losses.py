@@ -132,7 +132,7 @@ class TokenizerLoss(nn.Module):
         ``config.adversarial`` is not "none", and ``tokenizer.last_layer`` when ``generator_weight`` is None.
         Terms: total; reconstruction, squared, perceptual and nll, their weighted sum; quantization,
         sample_entropy, codebook_entropy, entropy and codebook, the weighted sum of quantization and entropy;
-        adversarial (weighted), adversarial_unweighted, adversarial_weight.
+        adversarial (weighted), adversarial_unweighted, adversarial_weight, discriminator_factor.
         """
         config, reconstruction, quantized = self.config, output.reconstruction, output.quantizer
         if images.shape != reconstruction.shape:
@@ -170,6 +170,7 @@ class TokenizerLoss(nn.Module):
             "adversarial": weight * adversarial,
             "adversarial_unweighted": adversarial,
             "adversarial_weight": weight,
+            "discriminator_factor": pixels.new_tensor(factor),
         }
         return LossOutput(total, {name: term.detach() for name, term in terms.items()})
 

@@ -28,6 +28,9 @@ class RunConfig:
 
     Args:
         dir: everything the run writes goes below it.
+        init_from: weights, averages, discriminator and optimizers to start from, as far as it has them: a
+            published checkpoint, a model's directory, a run's directory or checkpoint, or a hub id. Step and
+            schedules start at 0. A run that resumes ignores it.
         resume: go on from the newest good checkpoint in dir, if there is one.
         seed: of the weights, the order of the data, dropout.
         steps: optimiser steps after which the run ends; this or max_minutes must be set.
@@ -35,6 +38,12 @@ class RunConfig:
             whichever comes first, and a decaying learning rate follows the one that is further on.
         device: auto takes what accelerate finds; cpu, cuda and npu insist.
         mixed_precision: what matrix products and convolutions are computed in.
+        compile: torch.compile the convolutions' and attention's parts of the models; the quantizer's kernels
+            stay as they are.
+        compile_backend: inductor, or another backend of torch.compile.
+        channels_last: images and convolutions in channels-last memory format (tokenizer).
+        activation_checkpointing: recompute activations in the backward pass: less memory, about a third more
+            time.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations on held-out data (0: only at the end).
         sample_every: steps between picture grids (0: only at the end).
@@ -47,12 +56,17 @@ class RunConfig:
     """
 
     dir: str = "runs/run"
+    init_from: str | None = None
     resume: bool = False
     seed: int = 0
     steps: int | None = None
     max_minutes: float | None = None
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    compile_backend: str = "inductor"
+    channels_last: bool = False
+    activation_checkpointing: bool = False
     log_every: int = 50
     eval_every: int = 1000
     sample_every: int = 1000

@@ -87,6 +87,11 @@ def run_task(task: Task, config: RunConfig, accelerator: Accelerator) -> Path:
         return _Loop(task, config, accelerator, reporter, stop).run()
 
 
+def will_resume(config: RunConfig) -> bool:
+    """Whether a run goes on from one of its own checkpoints."""
+    return config.resume and bool(list_checkpoints(Path(config.dir) / CHECKPOINTS))
+
+
 class _Loop:
     def __init__(
         self, task: Task, config: RunConfig, accelerator: Accelerator, reporter: Reporter, stop: StopRequest

@@ -36,9 +36,14 @@ class UsageWindow:
             self._usage.counts.zero_()
             self._seen = 0
 
+    @property
+    def finished(self) -> bool:
+        """Whether a whole window has been counted."""
+        return bool(self._finished.any())
+
     def counts(self) -> torch.Tensor:
         """int64 [K]: of the last finished window, or of the running one before the first is over."""
-        return self._finished if bool(self._finished.any()) else self._usage.counts
+        return self._finished if self.finished else self._usage.counts
 
     def state_dict(self) -> dict[str, Any]:
         return {"counts": self._usage.counts, "finished": self._finished, "seen": self._seen}
