@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibq_fast.distributed import mean_over_all_rows
 from ibq_fast.ops import checks, codebook_search, index_backprop, straight_through_select
+from ibq_fast.ops.entropy import entropy_of_mean
 
 Kind = Literal["ibq", "vq"]
 Commitment = Literal["reference", "paper"]
 Similarity = Literal["dot", "euclidean", "cosine"]
 Init = Literal["normal", "scaled", "features"]
+EntropyReduce = Literal["device", "all"]
 
 # Noise on repeated feature rows, in standard deviations of the features: distinct codes, same neighbourhood.
 _REPEAT_NOISE = 0.01
@@ -47,6 +50,10 @@ class QuantizerConfig:
     commitment_weight, commitment: β and its place, see :class:`IndexBackpropQuantizer`.
     entropy_temperature: τ of the entropies' softmax(S/τ).
     sample_entropy_weight, codebook_entropy_weight: their weights in ``entropy_loss``; both 0 leaves them out.
+    entropy_reduce: the rows whose mean p̄ the codebook entropy is of: those of each device ("device", as
+        published), or in training those of all devices ("all"), whose gradient is that of one process with
+        the whole batch. With few rows a device and many codes, "device" asks each small batch to use every
+        code.
     similarity, logit_scale: how the logits S are formed.
     init: codes drawn from N(0, 1) ("normal"), N(0, 1/D) ("scaled") or the first batch's features
     ("features").
@@ -63,12 +70,14 @@ class QuantizerConfig:
     similarity: Similarity = "dot"
     logit_scale: float = 1.0
     init: Init = "normal"
+    entropy_reduce: EntropyReduce = "device"
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, Kind)
         _one_of("commitment", self.commitment, Commitment)
         _one_of("similarity", self.similarity, Similarity)
         _one_of("init", self.init, Init)
+        _one_of("entropy_reduce", self.entropy_reduce, EntropyReduce)
         for name in ("codebook_size", "dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -220,6 +229,8 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
     sg[z])²) with commitment="reference"; commitment="paper" puts β on the middle term instead.
     ``entropy_loss`` is ``sample_entropy_weight`` · sample entropy - ``codebook_entropy_weight`` · codebook
     entropy at ``entropy_temperature``; with both weights 0 the entropies are not computed and come as zeros.
+    With entropy_reduce="all" every process of a distributed run has to call ``forward`` in training mode
+    together.
 
     Arguments: the fields of :class:`QuantizerConfig` but ``kind``, which also checks them (ValueError).
     ``codebook`` [K, D] is the parameter. Under autocast it computes in float32; otherwise features and
@@ -239,6 +250,7 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
         similarity: Similarity = "dot",
         logit_scale: float = 1.0,
         init: Init = "normal",
+        entropy_reduce: EntropyReduce = "device",
     ) -> None:
         super().__init__(
             QuantizerConfig(
@@ -253,6 +265,7 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
                 similarity=similarity,
                 logit_scale=logit_scale,
                 init=init,
+                entropy_reduce=entropy_reduce,
             )
         )
 
@@ -272,9 +285,11 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
                 z_q, codes, indices = straight_through_select(vectors, codebook, scale=scale, bias=bias)
                 sample, usage, entropy = _zeros(rows)
             else:
-                z_q, codes, indices, sample, usage, _ = index_backprop(
+                z_q, codes, indices, sample, usage, mean_prob = index_backprop(
                     vectors, codebook, temperature=c.entropy_temperature, scale=scale, norm_weight=norm_weight
                 )
+                if c.entropy_reduce == "all" and self.training:
+                    usage = entropy_of_mean(mean_over_all_rows(mean_prob, rows.shape[0]))
                 entropy = c.sample_entropy_weight * sample - c.codebook_entropy_weight * usage
             quantization = self._quantization_loss(vectors, z_q, codes)
         return QuantizerOutput(
