@@ -10,14 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibq_fast.distributed import mean_over_all_rows
 from ibq_fast.kmeans import kmeans, random_rows
 from ibq_fast.ops import checks, codebook_search, index_backprop, straight_through_select
+from ibq_fast.ops.entropy import entropy_of_mean
 
 Kind = Literal["ibq", "vq"]
 Commitment = Literal["reference", "paper"]
 Similarity = Literal["dot", "euclidean", "cosine"]
 Init = Literal["normal", "scaled", "features", "kmeans"]
 ScaleKind = Literal["fixed", "inverse_sqrt_dim", "learned"]
+EntropyReduce = Literal["device", "all"]
 
 _FROM_FEATURES = ("features", "kmeans")
 
@@ -48,6 +51,10 @@ class QuantizerConfig:
     commitment_weight, commitment: β and its place, see :class:`IndexBackpropQuantizer`.
     entropy_temperature: τ of the entropies' softmax(S/τ).
     sample_entropy_weight, codebook_entropy_weight: their weights in ``entropy_loss``; both 0 leaves them out.
+    entropy_reduce: the rows whose mean p̄ the codebook entropy is of: those of each device ("device", as
+        published), or in training those of all devices ("all"), whose gradient is that of one process with
+        the whole batch. With few rows a device and many codes, "device" asks each small batch to use every
+        code.
     similarity, logit_scale: how the logits S are formed.
     logit_scale_kind: the scale s of the logits is ``logit_scale`` ("fixed"), ``logit_scale``/√D
         ("inverse_sqrt_dim"), or learned from ``logit_scale`` on ("learned", IBQ only). 1/s is the temperature
@@ -71,6 +78,7 @@ class QuantizerConfig:
     logit_scale_kind: ScaleKind = "fixed"
     init: Init = "normal"
     init_batches: int = 1
+    entropy_reduce: EntropyReduce = "device"
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, Kind)
@@ -78,6 +86,7 @@ class QuantizerConfig:
         _one_of("similarity", self.similarity, Similarity)
         _one_of("init", self.init, Init)
         _one_of("logit_scale_kind", self.logit_scale_kind, ScaleKind)
+        _one_of("entropy_reduce", self.entropy_reduce, EntropyReduce)
         for name in ("codebook_size", "dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -258,6 +267,8 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
     sg[z])²) with commitment="reference"; commitment="paper" puts β on the middle term instead.
     ``entropy_loss`` is ``sample_entropy_weight`` · sample entropy - ``codebook_entropy_weight`` · codebook
     entropy at ``entropy_temperature``; with both weights 0 the entropies are not computed and come as zeros.
+    With entropy_reduce="all" every process of a distributed run has to call ``forward`` in training mode
+    together.
 
     Arguments: the fields of :class:`QuantizerConfig` but ``kind``, which also checks them (ValueError).
     ``codebook`` [K, D] is the parameter. Under autocast it computes in float32; otherwise features and
@@ -279,6 +290,7 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
         logit_scale_kind: ScaleKind = "fixed",
         init: Init = "normal",
         init_batches: int = 1,
+        entropy_reduce: EntropyReduce = "device",
     ) -> None:
         super().__init__(
             QuantizerConfig(
@@ -295,6 +307,7 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
                 logit_scale_kind=logit_scale_kind,
                 init=init,
                 init_batches=init_batches,
+                entropy_reduce=entropy_reduce,
             )
         )
 
@@ -315,7 +328,7 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
                 z_q, codes, indices = straight_through_select(vectors, codebook, scale=scale, bias=bias)
                 sample, usage, entropy = _zeros(rows)
             else:
-                z_q, codes, indices, sample, usage, _ = index_backprop(
+                z_q, codes, indices, sample, usage, mean_prob = index_backprop(
                     vectors,
                     codebook,
                     temperature=c.entropy_temperature,
@@ -323,6 +336,8 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
                     bias=bias,
                     norm_weight=norm_weight,
                 )
+                if c.entropy_reduce == "all" and self.training:
+                    usage = entropy_of_mean(mean_over_all_rows(mean_prob, rows.shape[0]))
                 entropy = c.sample_entropy_weight * sample - c.codebook_entropy_weight * usage
             quantization = self._quantization_loss(features, z_q, codes)
         return QuantizerOutput(

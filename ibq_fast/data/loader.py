@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -132,6 +132,17 @@ class Loader:
         images = state["step"] * state["global_batch"]
         step = -(-images // self.sampler.global_batch)
         self.set_position(state["epoch"] + step // len(self), step % len(self))
+
+    def share_faults(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
+        """Tell the other processes of a distributed run which images are bad; all call it together.
+
+        ``gather`` joins the lists of all processes on each of them. Returns figures for the log:
+        ``bad_images`` (over all processes), nothing where images cannot be bad. Raises DataError, on every
+        process, when they are more than ``max_bad_fraction`` of the set.
+        """
+        if not isinstance(self.dataset, ImageFolder):
+            return {}
+        return {"bad_images": float(self.dataset.merge_faults(gather(self.dataset.faults)))}
 
     def close(self) -> None:
         """Stop the workers now; the next iteration starts new ones. Without it they stop with the loader.

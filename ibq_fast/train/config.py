@@ -37,6 +37,9 @@ class RunConfig:
         max_minutes: minutes after which it ends, earlier parts of a resumed run included; with both set, at
             whichever comes first, and a decaying learning rate follows the one that is further on.
         device: auto takes what accelerate finds; cpu, cuda and npu insist.
+        peer_timeout: seconds without a sign of life after which another process of a distributed run counts
+            as lost and this one stops (0: never).
+        collective_minutes: longest wait of one process for another, such as for the encoding of a data set.
         mixed_precision: what matrix products and convolutions are computed in.
         compile: torch.compile the convolutions' and attention's parts of the models; the quantizer's kernels
             stay as they are.
@@ -62,6 +65,8 @@ class RunConfig:
     steps: int | None = None
     max_minutes: float | None = None
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    peer_timeout: float = 40.0
+    collective_minutes: float = 240.0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
     compile_backend: str = "inductor"
@@ -83,6 +88,7 @@ class RunConfig:
         for name, least in (
             ("steps", 1),
             ("max_minutes", 0),
+            ("peer_timeout", 0),
             ("log_every", 1),
             ("eval_every", 0),
             ("sample_every", 0),

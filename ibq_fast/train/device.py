@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from ibq_fast.train.config import RunConfig
 
@@ -19,7 +21,10 @@ def build_accelerator(run: RunConfig) -> Accelerator:
     # The process group is left standing.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
-    accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision=run.mixed_precision)
+    waiting = InitProcessGroupKwargs(timeout=timedelta(minutes=run.collective_minutes))
+    accelerator = Accelerator(
+        cpu=run.device == "cpu", mixed_precision=run.mixed_precision, kwargs_handlers=[waiting]
+    )
     kind = accelerator.device.type
     if run.device not in ("auto", kind):
         raise ValueError(f"run.device: expected a machine with {run.device}, accelerate found only {kind}")

@@ -20,6 +20,7 @@ from ibq_fast.tokenizer import Tokenizer
 from ibq_fast.train.config import GeneratorRun, dump_config
 from ibq_fast.train.device import build_accelerator
 from ibq_fast.train.loop import run_task, will_resume
+from ibq_fast.train.peers import PeerWatch
 from ibq_fast.train.progress import Reporter
 from ibq_fast.train.speed import prepare
 from ibq_fast.train.token_cache import TokenCache, build_token_cache
@@ -30,14 +31,15 @@ def train_generator(config: GeneratorRun) -> Path:
     """Train a generator and return the directory of the exported model, ``<run.dir>/generator``.
 
     Raises ValueError for settings that do not fit the tokenizer or the data, and what :func:`run_task`
-    raises.
+    and :class:`PeerWatch` raise.
     """
     accelerator = build_accelerator(config.run)
-    tokenizer = Tokenizer.from_pretrained(config.tokenizer, device=accelerator.device).requires_grad_(False)
-    task = GeneratorTask(config, accelerator, tokenizer)
-    if config.run.init_from and not will_resume(config.run):
-        task.start_from(config.run.init_from)
-    return run_task(task, config.run, accelerator)
+    with PeerWatch(config.run):
+        tokenizer = Tokenizer.from_pretrained(config.tokenizer, device=accelerator.device)
+        task = GeneratorTask(config, accelerator, tokenizer.requires_grad_(False))
+        if config.run.init_from and not will_resume(config.run):
+            task.start_from(config.run.init_from)
+        return run_task(task, config.run, accelerator)
 
 
 class GeneratorTask:

@@ -172,13 +172,20 @@ class _Loop:
         return every > 0 and self.step % every == 0
 
     def _log_figures(self) -> None:
-        values = {**self.terms.take(), **self.task.figures()}
+        values = {**self._over_processes(self.terms.take()), **self.task.figures()}
         values["images_per_second"] = self.reporter.images_per_second
         self.log.scalars("train", self.step, self.clock.seconds, values)
         shown = ("loss", "reconstruction", "utilisation", "lr")
         self.reporter.figures(
             self.step, self.clock.seconds, {name: values[name] for name in shown if name in values}
         )
+
+    def _over_processes(self, means: dict[str, float]) -> dict[str, float]:
+        """The means over all processes, which have the same terms and batches of the same size."""
+        if self.accelerator.num_processes == 1:
+            return means
+        values = torch.tensor(list(means.values()), dtype=torch.float32, device=self.accelerator.device)
+        return dict(zip(means, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
     def _evaluate(self) -> None:
         with untouched_rng(self.accelerator.device), torch.no_grad():

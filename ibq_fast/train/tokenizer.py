@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ibq_fast.data import build_loader, to_float, to_uint8
@@ -20,6 +21,7 @@ from ibq_fast.train.collapse import CollapseMonitor
 from ibq_fast.train.config import TokenizerRun, dump_config
 from ibq_fast.train.device import build_accelerator
 from ibq_fast.train.loop import run_task, will_resume
+from ibq_fast.train.peers import PeerWatch
 from ibq_fast.train.perceptual import build_perceptual
 from ibq_fast.train.speed import prepare
 from ibq_fast.train.usage import UsageWindow
@@ -32,7 +34,8 @@ def train_tokenizer(config: TokenizerRun, *, perceptual: Perceptual | None = Non
     """Train a tokenizer and return the directory of the exported model, ``<run.dir>/tokenizer``.
 
     ``perceptual(images, reconstructions)`` replaces the distance that ``config.perceptual`` names.
-    Raises ValueError for settings that do not fit together, and what :func:`run_task` raises.
+    Raises ValueError for settings that do not fit together, and what :func:`run_task` and
+    :class:`PeerWatch` raise.
     """
     if config.data.resolution != config.model.resolution:
         raise ValueError(
@@ -45,10 +48,11 @@ def train_tokenizer(config: TokenizerRun, *, perceptual: Perceptual | None = Non
             f"got {config.model.image_channels}"
         )
     accelerator = build_accelerator(config.run)
-    task = TokenizerTask(config, accelerator, perceptual)
-    if config.run.init_from and not will_resume(config.run):
-        task.start_from(config.run.init_from)
-    return run_task(task, config.run, accelerator)
+    with PeerWatch(config.run):
+        task = TokenizerTask(config, accelerator, perceptual)
+        if config.run.init_from and not will_resume(config.run):
+            task.start_from(config.run.init_from)
+        return run_task(task, config.run, accelerator)
 
 
 class TokenizerTask:
@@ -78,11 +82,7 @@ class TokenizerTask:
         self.tokenizer = Trained(tokenizer, config.optim, accelerator, averaged=True)
         self.critic: Trained | None = None
         if has_discriminator(config.loss):
-            critic = PatchDiscriminator(
-                config.model.image_channels,
-                config.loss.discriminator_channels,
-                config.loss.discriminator_layers,
-            )
+            critic = build_discriminator(config, accelerator)
             prepare(critic, (critic,), config.run)
             self.critic = Trained(critic, config.optim, accelerator, averaged=False)
         losses = config.loss if self.critic else replace(config.loss, adversarial="none")
@@ -128,7 +128,8 @@ class TokenizerTask:
         return terms.values
 
     def figures(self) -> dict[str, float]:
-        counts = self.accelerator.reduce(self.usage.counts().clone(), "sum")
+        bad = self.data.share_faults(gather_object)
+        counts = self._total(self.usage.counts())
         logits: dict[str, float] = {}
         if self._last_image is not None:
             tokenizer: Any = self.tokenizer.bare.eval()
@@ -137,7 +138,7 @@ class TokenizerTask:
             tokenizer.train()
         if self.usage.finished and self.accelerator.is_main_process:
             self.collapse.look(counts, logits)
-        return {"lr": self.tokenizer.rate, **usage_figures(counts), **logits}
+        return {"lr": self.tokenizer.rate, **usage_figures(counts), **logits, **bad}
 
     def evaluate(self) -> dict[str, float]:
         """``psnr`` (mean over images, on uint8), ``l1``, ``utilisation`` and ``perplexity`` on held-out
@@ -181,7 +182,7 @@ class TokenizerTask:
             **critic,
             "progress": {
                 "data": self.data.state_dict(),
-                "usage": self.usage.state_dict(),
+                "usage": self.usage.state_dict(self._total),
                 "loss": {"buffers": dict(self.loss.named_buffers(recurse=False))},
             },
         }
@@ -193,7 +194,7 @@ class TokenizerTask:
         progress = parts["progress"]
         self.data.load_state_dict(progress["data"])
         self._batches = self.data.forever()
-        self.usage.load_state_dict(progress["usage"])
+        self.usage.load_state_dict(progress["usage"], main=self.accelerator.is_main_process)
         for name, buffer in self.loss.named_buffers(recurse=False):
             buffer.copy_(progress["loss"]["buffers"][name])
 
@@ -242,6 +243,10 @@ class TokenizerTask:
             images = images.contiguous(memory_format=torch.channels_last)
         return images
 
+    def _total(self, counts: Tensor) -> Tensor:
+        """The sum over processes; ``counts`` stays as it is."""
+        return self.accelerator.reduce(counts.clone(), "sum")
+
     def _last_layer(self) -> nn.Parameter:
         return self.tokenizer.bare.last_layer  # type: ignore[return-value]
 
@@ -265,6 +270,26 @@ class _Terms:
         for name, term in terms.items():
             part = term.detach().float() * self._share
             self.values[name] = self.values[name] + part if name in self.values else part
+
+
+def build_discriminator(config: TokenizerRun, accelerator: Accelerator) -> nn.Module:
+    """The discriminator, its batch norms synchronised if ``config.loss.discriminator_norm`` says so.
+
+    Raises ValueError where the processes' backend cannot: torch has no such batch norm on the CPU.
+    """
+    loss = config.loss
+    critic = PatchDiscriminator(
+        config.model.image_channels, loss.discriminator_channels, loss.discriminator_layers
+    )
+    if loss.discriminator_norm == "device" or accelerator.num_processes == 1:
+        return critic
+    if accelerator.device.type == "cpu":
+        raise ValueError(
+            'loss.discriminator_norm: expected "device" on the CPU (with gloo), where torch has no '
+            f"synchronised batch norm, got {loss.discriminator_norm!r}"
+        )
+    synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(critic)
+    return synchronised
 
 
 def has_discriminator(config: LossConfig) -> bool:
