@@ -61,6 +61,7 @@ def _task(config: str, overrides: list[str], scratch: Path) -> TokenizerTask:
         "--data.kind=image_folder",
         f"--data.root={scratch}",
         f"--data.val_root={scratch}",
+        "--data.resample=false",
         "--data.num_workers=0",
         *overrides,
     ]

@@ -25,9 +25,9 @@ def mean_over_all_rows(mean: Tensor, rows: int) -> Tensor:
     and FSDP do. Let every one of R processes add the same f(p) to its loss. One process with all rows would
     have the gradient f'(p) Σ_r (n_r / N) ∂m_r/∂θ. The average of what the processes compute,
     (1/R) Σ_r c_r f'(p) ∂m_r/∂θ, equals it for c_r = R n_r / N: that is the factor of the backward, 1 where
-    all have equally many rows. (∂p/∂m_r = n_r/N alone would be too small by R: p is on every process, and each
-    differentiates its own copy.) The incoming gradients are equal on all processes, since f and p are, so the
-    backward communicates nothing.
+    all have equally many rows. (∂p/∂m_r = n_r/N alone would be too small by R: p is on every process, and
+    each differentiates its own copy.) The incoming gradients are equal on all processes, since f and p are,
+    so the backward communicates nothing.
     """
     if world_size() == 1:
         return mean

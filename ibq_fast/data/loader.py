@@ -15,6 +15,8 @@ from ibq_fast.data.image_folder import ImageFolder
 from ibq_fast.data.in_memory import InMemoryImages
 from ibq_fast.data.sampler import ResumableBatchSampler
 
+Gather = Callable[[list[Any]], list[Any]]  # joins the lists of all processes, on each of them
+
 _log = logging.getLogger(__name__)
 
 
@@ -70,7 +72,7 @@ class Loader:
                 num_workers=num_workers,
                 persistent_workers=num_workers > 0,
                 pin_memory=self._pin,
-                worker_init_fn=_ignore_interrupt,
+                worker_init_fn=ignore_interrupt,
                 # Its own generator: a DataLoader draws a seed at each start, which would otherwise come from
                 # the global one, and a resumed run starts once more than an unbroken one.
                 generator=torch.Generator(),
@@ -108,8 +110,11 @@ class Loader:
         more, step = divmod(step, len(self))
         self._position = Position(epoch + more, step)
 
-    def state_dict(self) -> dict[str, int]:
-        """Position, and what it means: seed, number of images, images per step over all ranks."""
+    def state_dict(self, gather: Gather = list) -> dict[str, int]:
+        """Position, and what it means: seed, number of images, images per step over all ranks.
+
+        It is the same on all ranks: nothing has to be gathered.
+        """
         return {
             **self._position._asdict(),
             "seed": self.sampler.seed,
@@ -133,7 +138,7 @@ class Loader:
         step = -(-images // self.sampler.global_batch)
         self.set_position(state["epoch"] + step // len(self), step % len(self))
 
-    def share_faults(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
+    def share_faults(self, gather: Gather) -> dict[str, float]:
         """Tell the other processes of a distributed run which images are bad; all call it together.
 
         ``gather`` joins the lists of all processes on each of them. Returns figures for the log:
@@ -203,6 +208,6 @@ class _Collate:
         return batch[0], batch[1]
 
 
-def _ignore_interrupt(worker: int) -> None:
+def ignore_interrupt(worker: int) -> None:
     """Ctrl-C reaches the whole process group; the main process decides, and stops the workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

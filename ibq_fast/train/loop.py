@@ -52,7 +52,7 @@ class Task(Protocol):
         """Figures on held-out data."""
 
     def picture(self) -> tuple[str, torch.Tensor]:
-        """A name and a uint8 [C,H,W] grid."""
+        """A name and a uint8 [C,H,W] grid; asked of the main process alone."""
 
     def parameters(self) -> Mapping[str, torch.Tensor]:
         """What must stay finite."""
@@ -195,6 +195,8 @@ class _Loop:
         self.reporter.say(f"held out, step {self.step}: {text}")
 
     def _picture(self) -> None:
+        if not self.accelerator.is_main_process:  # the others may have no held-out images at all
+            return
         with untouched_rng(self.accelerator.device), torch.no_grad():
             name, grid = self.task.picture()
         self.log.image(name, self.step, grid)

@@ -181,7 +181,7 @@ class TokenizerTask:
             "tokenizer": self.tokenizer.state(),
             **critic,
             "progress": {
-                "data": self.data.state_dict(),
+                "data": self.data.state_dict(gather_object),
                 "usage": self.usage.state_dict(self._total),
                 "loss": {"buffers": dict(self.loss.named_buffers(recurse=False))},
             },

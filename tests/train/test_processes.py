@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,3 +209,36 @@ def test_bad_images_are_counted_over_all_processes(tokenizer_run: TokenizerRun, 
     processes = start_ranks(2, main, ["tokenizer", f"--config={tmp_path / 'given.yaml'}"], errors=tmp_path)
     assert set(exit_codes(processes)) <= {1, EXIT_CODE}
     assert "3 of 12 images are bad, more than max_bad_fraction 0.2" in (tmp_path / "0").read_text()
+
+
+def test_shards_through_the_command_line(tokenizer_run: TokenizerRun, tmp_path: Path) -> None:
+    """Two processes with two workers each, then one and four that go on; a broken sample is counted once."""
+    images = sorted(Path(str(tokenizer_run.data.root)).rglob("*.png"))
+    for shard in range(4):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for image in images[shard::4]:
+                archive.add(image, f"{image.parent.name}_{image.stem}.png")
+            archive.addfile(tarfile.TarInfo(f"empty_{shard}.png"))
+    config = replace(
+        tokenizer_run,
+        run=replace(tokenizer_run.run, steps=5, log_every=1, save_every=0),
+        data=replace(
+            tokenizer_run.data,
+            kind="shards",
+            root=f"{tmp_path}/{{0..3}}.tar",
+            val_root=f"{tmp_path}/0.tar",
+            batch_size=2,
+            num_workers=2,
+        ),
+    )
+    dump_config(config, tmp_path / "given.yaml")
+    arguments = ["tokenizer", f"--config={tmp_path / 'given.yaml'}", "--run.log_every=1"]
+    for world, workers, steps in ((2, 2, 5), (1, 0, 8), (4, 1, 10)):
+        options = [f"--run.steps={steps}", f"--data.num_workers={workers}", "--resume"]
+        run_ranks(world, main, [*arguments, *options])
+        newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+        assert newest is not None
+        parts = load_checkpoint(newest)
+        assert parts["step"] == steps
+        assert len(parts["progress"]["data"]["lanes"]) == world * max(workers, 1)
+    assert read_metrics(tmp_path / "run", "train")[4]["bad_images"] == 4
