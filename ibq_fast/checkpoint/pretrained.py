@@ -49,7 +49,7 @@ CARD = """\
 # {{ model_class }}
 
 An `ibq_fast` {{ model_class }}, trained with index backpropagation quantization
-([arXiv 2412.02692]({{ paper_url }})).
+([arXiv 2412.02692](https://arxiv.org/abs/2412.02692)).
 
 ```python
 import ibq_fast
@@ -73,7 +73,6 @@ class PretrainedMixin(
     ModelHubMixin,
     library_name="ibq_fast",
     tags=["image-tokenizer", "vector-quantization"],
-    paper_url="https://arxiv.org/abs/2412.02692",
     model_card_template=CARD,
 ):
     """``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` for an ``nn.Module`` built from one config
