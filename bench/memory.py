@@ -41,7 +41,7 @@ def measure(kernel: str, case: Case, entry: str, threads: int) -> Probe:
     return Probe(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -58,11 +58,11 @@ def _probe(kernel: str, case: Case, entry_name: str) -> Probe:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # memory that is free but resident would hide what the call takes
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     begun = time.perf_counter()
     result = call()
     seconds = time.perf_counter() - begun
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     del result
     return Probe(peak - before, seconds)
 

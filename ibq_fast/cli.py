@@ -1,4 +1,4 @@
-"""``ibq-fast``: train, reconstruct, sample, doctor. Heavy imports wait until a command needs them."""
+"""The ``ibq-fast`` command. Heavy imports wait until a subcommand needs them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ commands:
   train        train a tokenizer or a generator from a YAML config
   reconstruct  images through a tokenizer and back: a picture grid, PSNR, code usage
   sample       images of chosen classes from a generator
+  convert      checkpoints of the published implementation in and out
   doctor       what is installed, which kernels are used and why
 """
 
@@ -25,6 +26,7 @@ examples:
   ibq-fast train generator --config configs/quickstart_generator.yaml --tokenizer=runs/tok/tokenizer
   ibq-fast reconstruct --tokenizer runs/tok/tokenizer --out out photos/
   ibq-fast sample --tokenizer runs/tok/tokenizer --generator runs/gen/generator --classes 0-9 --out out
+  ibq-fast convert imagenet256_16384.ckpt models/tokenizer
 
 ibq-fast COMMAND --help explains a command. A model is named by the directory that training wrote, a
 Hugging Face hub id, or a checkpoint file of the published implementation (.ckpt).
@@ -52,6 +54,24 @@ examples:
   ibq-fast sample --tokenizer runs/tok/tokenizer --generator runs/gen/generator --out out
   ibq-fast sample --tokenizer T --generator G --classes 3,7,20-25 --per-class 4 --cfg-scale 2.25 --out out
   ibq-fast sample --tokenizer T --generator G --top-k 1 --cfg-scale 1 --out out      greedy, no guidance
+"""
+
+
+CONVERT_EXAMPLES = """\
+SOURCE is a checkpoint of the published implementation (.ckpt), a model's directory, a run's directory or one
+of its checkpoints, or a hub id. Into the own format it becomes a directory that from_pretrained loads, with
+whatever training state it had (live and averaged weights, discriminator, optimizers) in checkpoints/ below
+it: a run can start from that (--run.init_from), and the published file can be written from it again.
+
+Not carried over: loop counters, callbacks and schedulers of the published framework, the optimizer state of
+generators, and, on the way out, LeCam's averages and random states.
+
+examples:
+  ibq-fast convert imagenet256_16384.ckpt models/tokenizer
+  ibq-fast convert AR_256_B.ckpt models/generator --num-heads 16
+  ibq-fast convert AR_256_B.ckpt models/its_tokenizer --kind tokenizer
+  ibq-fast convert runs/tok tokenizer.ckpt --to reference
+  ibq-fast convert runs/gen generator.ckpt --to reference --first-stage runs/tok/tokenizer
 """
 
 
@@ -125,6 +145,32 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--batch-size", type=int, default=16, help="images at a time (default 16)")
         command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, npu, …")
 
+    convert = _manual(
+        commands.add_parser,
+        "convert",
+        usage="ibq-fast convert SOURCE DESTINATION [--to own|reference] [--ema|--live] [options]",
+        description="Convert a model between the own format and the published implementation's checkpoints.",
+        epilog=CONVERT_EXAMPLES,
+    )
+    convert.add_argument("source", help="what to convert")
+    convert.add_argument("destination", type=Path, help="directory (own) or file (reference) to make")
+    convert.add_argument("--to", choices=("own", "reference"), default="own", help="format (default own)")
+    one_set = convert.add_mutually_exclusive_group()
+    for name, meaning in (("ema", "averaged"), ("live", "live")):
+        text = f"keep the {meaning} weights alone (default: everything; averaged weights are the model's)"
+        one_set.add_argument(f"--{name}", dest="weights", action="store_const", const=name, help=text)
+    convert.add_argument(
+        "--kind",
+        choices=("tokenizer", "generator"),
+        help="default: what the source is; tokenizer takes the first stage of a published generator",
+    )
+    convert.add_argument("--num-heads", type=int, help="of a published generator (default: width / 64)")
+    convert.add_argument("--grid", type=int, help="side of a published generator's tokens (default 16)")
+    convert.add_argument("--resolution", type=int, help="a published tokenizer's, in pixels (default 256)")
+    convert.add_argument("--first-stage", help="tokenizer to put into a published generator's file")
+    convert.add_argument("--force", action="store_true", help="replace what is at DESTINATION")
+    convert.set_defaults(run=_convert)
+
     doctor = _manual(
         commands.add_parser,
         "doctor",
@@ -184,11 +230,34 @@ def _sample(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(chosen: argparse.Namespace) -> int:
+    from ibq_fast.checkpoint.convert import convert
+
+    given = {name: getattr(chosen, name) for name in ("num_heads", "grid", "resolution")}
+    made = convert(
+        chosen.source,
+        chosen.destination,
+        to=chosen.to,
+        weights=chosen.weights,
+        kind=chosen.kind,
+        first_stage=chosen.first_stage,
+        force=chosen.force,
+        say=_to_stderr,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    sys.stdout.write(f"{made}\n")
+    return 0
+
+
 def _doctor(chosen: argparse.Namespace) -> int:
     from ibq_fast.doctor import report
 
     sys.stdout.write(report())
     return 0
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def _version() -> str:

@@ -10,15 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibq_fast.distributed import mean_over_all_rows
+from ibq_fast.kmeans import kmeans, random_rows
 from ibq_fast.ops import checks, codebook_search, index_backprop, straight_through_select
+from ibq_fast.ops.entropy import entropy_of_mean
 
 Kind = Literal["ibq", "vq"]
 Commitment = Literal["reference", "paper"]
 Similarity = Literal["dot", "euclidean", "cosine"]
-Init = Literal["normal", "scaled", "features"]
+Init = Literal["normal", "scaled", "features", "kmeans"]
+ScaleKind = Literal["fixed", "inverse_sqrt_dim", "learned"]
+EntropyReduce = Literal["device", "all"]
 
-# Noise on repeated feature rows, in standard deviations of the features: distinct codes, same neighbourhood.
-_REPEAT_NOISE = 0.01
+_FROM_FEATURES = ("features", "kmeans")
 
 
 class QuantizerOutput(NamedTuple):
@@ -47,9 +51,18 @@ class QuantizerConfig:
     commitment_weight, commitment: β and its place, see :class:`IndexBackpropQuantizer`.
     entropy_temperature: τ of the entropies' softmax(S/τ).
     sample_entropy_weight, codebook_entropy_weight: their weights in ``entropy_loss``; both 0 leaves them out.
+    entropy_reduce: the rows whose mean p̄ the codebook entropy is of: those of each device ("device", as
+        published), or in training those of all devices ("all"), whose gradient is that of one process with
+        the whole batch. With few rows a device and many codes, "device" asks each small batch to use every
+        code.
     similarity, logit_scale: how the logits S are formed.
-    init: codes drawn from N(0, 1) ("normal"), N(0, 1/D) ("scaled") or the first batch's features
-    ("features").
+    logit_scale_kind: the scale s of the logits is ``logit_scale`` ("fixed"), ``logit_scale``/√D
+        ("inverse_sqrt_dim"), or learned from ``logit_scale`` on ("learned", IBQ only). 1/s is the temperature
+        of the straight-through softmax; the entropies' softmax has S/τ, so τ/T beside s = 1/T keeps them as
+        they were at s = 1.
+    init: codes drawn from N(0, 1) ("normal"), N(0, 1/D) ("scaled"), features of the first training batch
+        ("features"), or the centres of k-means over the features of the first ``init_batches`` training
+        batches, fitted anew at each of them ("kmeans").
     """
 
     kind: Kind = "ibq"
@@ -62,18 +75,32 @@ class QuantizerConfig:
     codebook_entropy_weight: float = 1.0
     similarity: Similarity = "dot"
     logit_scale: float = 1.0
+    logit_scale_kind: ScaleKind = "fixed"
     init: Init = "normal"
+    init_batches: int = 1
+    entropy_reduce: EntropyReduce = "device"
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, Kind)
         _one_of("commitment", self.commitment, Commitment)
         _one_of("similarity", self.similarity, Similarity)
         _one_of("init", self.init, Init)
+        _one_of("logit_scale_kind", self.logit_scale_kind, ScaleKind)
+        _one_of("entropy_reduce", self.entropy_reduce, EntropyReduce)
         for name in ("codebook_size", "dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         checks.positive("entropy_temperature", self.entropy_temperature)
         checks.positive("logit_scale", self.logit_scale)
+        if self.kind == "vq" and self.logit_scale_kind != "fixed":
+            raise ValueError(f"logit_scale_kind: expected fixed with kind vq, got {self.logit_scale_kind!r}")
+        if self.init_batches < 1:
+            raise ValueError(f"init_batches: expected at least 1, got {self.init_batches}")
+
+    @property
+    def learned_scalars(self) -> tuple[str, ...]:
+        """Names, in a tokenizer, of weights that only these settings add."""
+        return ("quantizer.log_scale",) if self.logit_scale_kind == "learned" else ()
 
 
 def build_quantizer(config: QuantizerConfig) -> IndexBackpropQuantizer | VectorQuantizer:
@@ -84,6 +111,7 @@ def build_quantizer(config: QuantizerConfig) -> IndexBackpropQuantizer | VectorQ
             dim=config.dim,
             commitment_weight=config.commitment_weight,
             init=config.init,
+            init_batches=config.init_batches,
         )
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "kind"}
     return IndexBackpropQuantizer(**fields)
@@ -95,14 +123,18 @@ class _CodebookQuantizer(nn.Module):
     config: QuantizerConfig
     codebook: nn.Parameter
     initialized: Tensor
+    log_scale: nn.Parameter | None
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
         self.config = config
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.dim))
         nn.init.normal_(self.codebook, std=config.dim**-0.5 if config.init == "scaled" else 1.0)
+        learned = config.logit_scale_kind == "learned"
+        self.log_scale = nn.Parameter(torch.tensor(config.logit_scale).log()) if learned else None
         # The buffer goes into checkpoints; the attribute beside it is read without waiting for a device.
-        self._awaits_features = config.init == "features"
+        self._awaits_features = config.init in _FROM_FEATURES
+        self._gathered: list[Tensor] = []
         if self._awaits_features:
             self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
 
@@ -128,7 +160,8 @@ class _CodebookQuantizer(nn.Module):
         rows, codebook = self._widen(rows)
         with _full_precision(z):
             vectors, codebook, scale, norm_weight = self._operands(rows, codebook)
-            bias = _norm_bias(codebook, norm_weight)
+            vectors, bias, norm_weight = self._learned_scale(vectors, codebook, norm_weight)
+            bias = _norm_bias(codebook, norm_weight) if bias is None else bias
             indices = codebook_search(vectors, codebook, scale=scale, bias=bias, exact=True).indices
         return indices.view(shape)
 
@@ -147,29 +180,33 @@ class _CodebookQuantizer(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def init_from_features(self, z: Tensor, channel_last: bool = False) -> None:
-        """Set the codes to random features of ``z``; done by the first training forward with init="features".
+        """Set the codes from features of ``z``; done by the first training forwards with init="features"
+        (random features) and "kmeans" (centres of all features since the first such call).
 
         With fewer features than codes they are repeated with a little noise. In distributed training every
-        process has to call it together; all take the codes of rank 0. An empty ``z`` changes nothing.
+        process has to call it together; all get the same codes: of rank 0's features, or k-means over every
+        process's. An empty ``z`` changes nothing.
         """
         rows = self._rows(z, channel_last)[0].detach().to(self.codebook.dtype)
         if rows.shape[0] == 0:
             return
         checks.finite("z", rows)
-        order = torch.randperm(rows.shape[0], device=rows.device)
-        codes = rows[order.repeat(-(-self.codebook_size // rows.shape[0]))[: self.codebook_size]]
-        repeats = codes[rows.shape[0] :]
-        repeats += _REPEAT_NOISE * rows.std(correction=0) * torch.randn_like(repeats)
-        self.codebook.copy_(codes)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.broadcast(self.codebook.data, 0)
-        if self.config.init == "features":
-            self.initialized.fill_(True)
-            self._awaits_features = False
+        if self.config.init == "kmeans":
+            self._gathered.append(rows.clone())
+            self.codebook.copy_(kmeans(torch.cat(self._gathered), self.codebook_size))
+        else:
+            self.codebook.copy_(random_rows(rows, self.codebook_size))
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.broadcast(self.codebook.data, 0)
+        if self.config.init == "features" or len(self._gathered) == self.config.init_batches:
+            self._gathered.clear()
+            if self._awaits_features:
+                self.initialized.fill_(True)
+                self._awaits_features = False
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A codebook from a checkpoint without the buffer (another layout) is a trained one.
-        if self.config.init == "features" and f"{prefix}codebook" in state_dict:
+        if self.config.init in _FROM_FEATURES and f"{prefix}codebook" in state_dict:
             flag = state_dict.setdefault(f"{prefix}initialized", torch.ones((), dtype=torch.bool))
             self._awaits_features = not bool(flag)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -200,6 +237,16 @@ class _CodebookQuantizer(nn.Module):
         """(vectors, codes, scale, norm_weight): S = scale · vectors @ codes.T - norm_weight · |codes|²."""
         raise NotImplementedError
 
+    def _learned_scale(
+        self, vectors: Tensor, codebook: Tensor, norm_weight: float
+    ) -> tuple[Tensor, Tensor | None, float]:
+        """(vectors, bias, norm_weight) with a learned s taken into the operands, which carry its gradient."""
+        if self.log_scale is None:
+            return vectors, None, norm_weight
+        scale = self.log_scale.exp()
+        norms = _norm_bias(codebook, norm_weight)
+        return vectors * scale.to(vectors.dtype), None if norms is None else scale * norms, 0.0
+
     def _codes(self, codebook: Tensor, indices: Tensor) -> Tensor:
         """The rows of the codebook as the quantizer gives them out."""
         return codebook.index_select(0, indices)
@@ -216,10 +263,12 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
     - similarity="cosine": S = s z·E of both normalised; the codes given out are normalised too, and the
       losses compare them with the normalised features,
 
-    with s = ``logit_scale``. ``quantization_loss`` is mean((z_q - z)²) + mean((sg[e] - z)²) + β mean((e -
+    with s = :attr:`logit_scale`. ``quantization_loss`` is mean((z_q - z)²) + mean((sg[e] - z)²) + β mean((e -
     sg[z])²) with commitment="reference"; commitment="paper" puts β on the middle term instead.
     ``entropy_loss`` is ``sample_entropy_weight`` · sample entropy - ``codebook_entropy_weight`` · codebook
     entropy at ``entropy_temperature``; with both weights 0 the entropies are not computed and come as zeros.
+    With entropy_reduce="all" every process of a distributed run has to call ``forward`` in training mode
+    together.
 
     Arguments: the fields of :class:`QuantizerConfig` but ``kind``, which also checks them (ValueError).
     ``codebook`` [K, D] is the parameter. Under autocast it computes in float32; otherwise features and
@@ -238,7 +287,10 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
         codebook_entropy_weight: float = 1.0,
         similarity: Similarity = "dot",
         logit_scale: float = 1.0,
+        logit_scale_kind: ScaleKind = "fixed",
         init: Init = "normal",
+        init_batches: int = 1,
+        entropy_reduce: EntropyReduce = "device",
     ) -> None:
         super().__init__(
             QuantizerConfig(
@@ -252,7 +304,10 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
                 codebook_entropy_weight=codebook_entropy_weight,
                 similarity=similarity,
                 logit_scale=logit_scale,
+                logit_scale_kind=logit_scale_kind,
                 init=init,
+                init_batches=init_batches,
+                entropy_reduce=entropy_reduce,
             )
         )
 
@@ -265,24 +320,52 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
         self._first_features(rows)
         rows, codebook = self._widen(rows)
         with _full_precision(z):
-            vectors, codebook, scale, norm_weight = self._operands(rows, codebook)
+            features, codebook, scale, norm_weight = self._operands(rows, codebook)
+            vectors, bias, norm_weight = self._learned_scale(features, codebook, norm_weight)
             c = self.config
             if c.sample_entropy_weight == 0 and c.codebook_entropy_weight == 0:
-                bias = _norm_bias(codebook, norm_weight)
+                bias = _norm_bias(codebook, norm_weight) if bias is None else bias
                 z_q, codes, indices = straight_through_select(vectors, codebook, scale=scale, bias=bias)
                 sample, usage, entropy = _zeros(rows)
             else:
-                z_q, codes, indices, sample, usage, _ = index_backprop(
-                    vectors, codebook, temperature=c.entropy_temperature, scale=scale, norm_weight=norm_weight
+                z_q, codes, indices, sample, usage, mean_prob = index_backprop(
+                    vectors,
+                    codebook,
+                    temperature=c.entropy_temperature,
+                    scale=scale,
+                    bias=bias,
+                    norm_weight=norm_weight,
                 )
+                if c.entropy_reduce == "all" and self.training:
+                    usage = entropy_of_mean(mean_over_all_rows(mean_prob, rows.shape[0]))
                 entropy = c.sample_entropy_weight * sample - c.codebook_entropy_weight * usage
-            quantization = self._quantization_loss(vectors, z_q, codes)
+            quantization = self._quantization_loss(features, z_q, codes)
         return QuantizerOutput(
             _restore(z_q, shape, channel_last), indices.view(shape), quantization, sample, usage, entropy
         )
 
+    @property
+    def logit_scale(self) -> float:
+        """s as it stands now (a learned one waits for its device)."""
+        c = self.config
+        if self.log_scale is not None:
+            return float(self.log_scale.detach().exp())
+        return c.logit_scale * c.dim**-0.5 if c.logit_scale_kind == "inverse_sqrt_dim" else c.logit_scale
+
+    @torch.no_grad()
+    def logits(self, z: Tensor, channel_last: bool = False) -> Tensor:
+        """S [N, K] of all features in ``z``, in float32 or wider, to be looked at: keep N small."""
+        rows = self._rows(z, channel_last)[0]
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        with _full_precision(z):
+            vectors, codebook, scale, norm_weight = self._operands(rows.to(wide), self.codebook.to(wide))
+            vectors, bias, norm_weight = self._learned_scale(vectors, codebook, norm_weight)
+            bias = _norm_bias(codebook, norm_weight) if bias is None else bias
+            scores = scale * (vectors @ codebook.T)
+            return scores if bias is None else scores + bias
+
     def _operands(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, float, float]:
-        scale = self.config.logit_scale
+        scale = 1.0 if self.log_scale is not None else self.logit_scale
         if self.config.similarity == "euclidean":
             return rows, codebook, 2.0 * scale, scale
         if self.config.similarity == "cosine":
@@ -318,6 +401,7 @@ class VectorQuantizer(_CodebookQuantizer):
         dim: int = 256,
         commitment_weight: float = 0.25,
         init: Init = "normal",
+        init_batches: int = 1,
     ) -> None:
         super().__init__(
             QuantizerConfig(
@@ -329,6 +413,7 @@ class VectorQuantizer(_CodebookQuantizer):
                 codebook_entropy_weight=0.0,
                 similarity="euclidean",
                 init=init,
+                init_batches=init_batches,
             )
         )
 

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from huggingface_hub import ModelHubMixin
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,20 +35,64 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT_VERSION = 1
 
+# Refusals, a missing network, offline mode. The bases belong to the HTTP library of the hub's client.
+_HUB_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 _MAX_CONFIG_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+CARD_NAME = "README.md"
+CARD = """\
+---
+{{ card_data }}
+---
+
+# {{ model_class }}
+
+An `ibq_fast` {{ model_class }}, trained with index backpropagation quantization
+([arXiv 2412.02692](https://arxiv.org/abs/2412.02692)).
+
+```python
+import ibq_fast
+
+model = ibq_fast.{{ model_class }}.from_pretrained("{{ repo_id | default("owner/name", true) }}")
+```
+{% if description %}
+{{ description }}
+{% endif %}
+## Settings
+
+```json
+{{ settings }}
+```
+"""
 
 M = TypeVar("M", bound="PretrainedMixin")
 
 
-class PretrainedMixin:
-    """``save_pretrained`` and ``from_pretrained`` for an ``nn.Module`` built from one config dataclass."""
+class PretrainedMixin(
+    ModelHubMixin,
+    library_name="ibq_fast",
+    tags=["image-tokenizer", "vector-quantization"],
+    model_card_template=CARD,
+):
+    """``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` for an ``nn.Module`` built from one config
+    dataclass. The hub's mixin gives the model card and the upload; files are written and read here.
+    """
 
     config_class: ClassVar[type]
     config: Any
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+    def save_pretrained(  # type: ignore[override]
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        model_card_kwargs: dict[str, Any] | None = None,
+        config: None = None,
+    ) -> Path:
         """Write ``config.json`` and ``model.safetensors`` into ``directory`` and return it.
+
+        ``model_card_kwargs`` (a dict, possibly empty) asks for a model card, ``README.md``, unless there is
+        one. ``config`` exists for the hub's mixin only: a model's settings are its own.
 
         A reader never sees half a model, nor one model's settings with another's weights: a new directory
         appears whole; in one that exists the weights are replaced in a single rename, and when the settings
@@ -72,21 +118,47 @@ class PretrainedMixin:
             save_file(_storable(self.state_dict()), str(staging / WEIGHTS_NAME), metadata={"format": "pt"})
             (staging / CONFIG_NAME).write_text(text, encoding="utf-8")
             for name in (WEIGHTS_NAME, CONFIG_NAME):
-                (staging / name).chmod(0o666 & ~_umask())
-                _sync(staging / name)
+                (staging / name).chmod(0o666 & ~umask())
+                sync(staging / name)
             _publish(staging, target, text)
+            if model_card_kwargs is not None and not (target / CARD_NAME).exists():
+                self.generate_model_card(**model_card_kwargs).save(target / CARD_NAME)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        _sync(target.parent)
+        sync(target.parent)
         return target
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model with a model card to the hub's ``repo_id`` (owner/name); returns the commit's
+        address.
+
+        ``options`` are those of ``huggingface_hub.ModelHubMixin.push_to_hub``: ``private``, ``token``,
+        ``branch``, ``commit_message``, ``create_pr``, ``model_card_kwargs``. Raises ConnectionError when the
+        hub cannot be reached or refuses.
+        """
+        try:
+            return str(super().push_to_hub(repo_id, **{"model_card_kwargs": {}, **options}))
+        except _HUB_ERRORS as error:
+            raise ConnectionError(f"repo_id: the hub did not take {repo_id!r}: {error}") from error
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
+        """The hub's card of this model: what it is, how to load it, its settings."""
+        settings = json.dumps(config_to_dict(self.config), indent=2)
+        return super().generate_model_card(
+            *args, **{"model_class": type(self).__name__, "settings": settings, **kwargs}
+        )
+
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls: type[M],
         path_or_repo: str | os.PathLike[str],
         *,
         ema: bool = True,
         revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
         device: str | torch.device | None = None,
         **overrides: Any,
     ) -> M:
@@ -94,7 +166,8 @@ class PretrainedMixin:
 
         * a directory written by :meth:`save_pretrained`,
         * a checkpoint file of the published implementation (``.ckpt``), its architecture read off the shapes,
-        * the id of a repository on the Hugging Face hub that holds either (``revision``: a commit or tag).
+        * the id of a repository on the Hugging Face hub that holds either (``revision``: a commit or tag;
+          ``token``, ``cache_dir``, ``local_files_only`` and ``force_download`` as the hub's own functions).
 
         ``ema`` chooses the averaged weights of a reference checkpoint that has them; own directories hold one
         set. ``overrides`` state what the shapes of a reference checkpoint cannot say (each model's page lists
@@ -104,7 +177,10 @@ class PretrainedMixin:
         in it: unknown or out-of-range settings, missing, unexpected or misshapen weights, truncation, pickled
         objects.
         """
-        path = _resolve(path_or_repo, revision)
+        options = {"cache_dir": cache_dir, "token": token}
+        flags = {"local_files_only": local_files_only, "force_download": force_download}
+        given = {name: value for name, value in options.items() if value is not None}
+        path = resolve(path_or_repo, revision, **given, **{name: True for name, on in flags.items() if on})
         with torch.random.fork_rng(devices=[]):
             if path.is_dir():
                 if overrides:
@@ -149,7 +225,7 @@ def build_and_load(cls: type[M], config: Any, state: Mapping[str, Tensor], sourc
     """``cls(config)`` with ``state`` loaded; shapes are compared on the meta device before any memory."""
     try:
         with torch.device("meta"):
-            outline = cls(config)  # type: ignore[call-arg]
+            outline = cls(config)
     except (RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"{source}: no model can have these settings: {error}") from error
     assert isinstance(outline, nn.Module)
@@ -187,8 +263,23 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) ->
     model.load_state_dict(dict(state), strict=True)
 
 
-def read_config(path: Path, model_name: str, config_class: type) -> Any:
+def read_config(path: Path, model: str, config_class: type) -> Any:
     """Parse a ``config.json`` into ``config_class``. ``ValueError`` names the file and the wrong setting."""
+    document = _read_document(path)
+    if document["model"] != model:
+        raise ValueError(f"{path}: model: expected {model!r}, got {document['model']!r}")
+    try:
+        return config_from_dict(config_class, document["config"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def model_name(path: Path) -> Any:
+    """The class that a ``config.json`` names, unchecked. Raises as :func:`read_config`."""
+    return _read_document(path)["model"]
+
+
+def _read_document(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a directory written by save_pretrained")
     if path.stat().st_size > _MAX_CONFIG_BYTES:
@@ -202,12 +293,7 @@ def read_config(path: Path, model_name: str, config_class: type) -> Any:
         raise ValueError(f"{path}: expected an object with the keys model, format and config, got {got}")
     if document["format"] != FORMAT_VERSION or isinstance(document["format"], bool):
         raise ValueError(f"{path}: format: expected {FORMAT_VERSION}, got {document['format']!r}")
-    if document["model"] != model_name:
-        raise ValueError(f"{path}: model: expected {model_name!r}, got {document['model']!r}")
-    try:
-        return config_from_dict(config_class, document["config"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return document
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -222,8 +308,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _resolve(path_or_repo: str | os.PathLike[str], revision: str | None) -> Path:
-    """The local directory or file that ``path_or_repo`` stands for, fetched from the hub if need be."""
+def resolve(path_or_repo: str | os.PathLike[str], revision: str | None = None, **hub: Any) -> Path:
+    """The local directory or file that ``path_or_repo`` stands for, fetched from the hub if need be.
+
+    ``hub``: options of ``huggingface_hub.snapshot_download``. Raises as ``from_pretrained``.
+    """
     path = Path(path_or_repo)
     if path.is_file() and path.suffix == ".safetensors":
         raise ValueError(f"path_or_repo: expected the directory that holds {path.name}, got {str(path)!r}")
@@ -236,21 +325,23 @@ def _resolve(path_or_repo: str | os.PathLike[str], revision: str | None) -> Path
         raise FileNotFoundError(
             f"path_or_repo: {name!r} is neither a file, a directory nor a hub id (owner/name)"
         )
-    return _download(name, revision)
+    return _download(name, revision, **hub)
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, **hub: Any) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         snapshot = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME])
+            snapshot_download(
+                repository, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME], **hub
+            )
         )
         if (snapshot / WEIGHTS_NAME).is_file():
             return snapshot
-        snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=["*.ckpt"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        found = snapshot_download(repository, revision=revision, allow_patterns=["*.ckpt"], **hub)
+        snapshot = Path(found)
+    except _HUB_ERRORS as error:
         raise FileNotFoundError(
             f"path_or_repo: no local path {repository!r}, and the hub could not give it: {error}"
         ) from error
@@ -279,23 +370,23 @@ def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _publish(staging: Path, target: Path, text: str) -> None:
     if not target.exists() or not any(target.iterdir()):
-        _sync(staging)
-        staging.chmod(0o777 & ~_umask())
+        sync(staging)
+        staging.chmod(0o777 & ~umask())
         os.replace(staging, target)
         return
     config = target / CONFIG_NAME
     changed = not config.is_file() or config.read_bytes() != text.encode("utf-8")
     if changed:
         config.unlink(missing_ok=True)
-        _sync(target)
+        sync(target)
     os.replace(staging / WEIGHTS_NAME, target / WEIGHTS_NAME)
     if changed:
-        _sync(target)
+        sync(target)
         os.replace(staging / CONFIG_NAME, config)
-    _sync(target)
+    sync(target)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -304,7 +395,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's file mode creation mask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,14 @@ from torch import Tensor
 
 def load_reference_state(path: Path) -> dict[str, Tensor]:
     """The flat dict of tensors in a checkpoint file (its ``state_dict`` entry where it has one), on the CPU.
+
+    Raises ``ValueError`` as :func:`load_reference_file`.
+    """
+    return load_reference_file(path)[0]
+
+
+def load_reference_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint file by name, and what else it holds beside its ``state_dict``.
 
     The tensors are mapped from the file where its format allows it, so that only those used are read.
     Raises ``ValueError`` naming the file when it is truncated or corrupt, holds pickled objects besides
@@ -44,7 +53,8 @@ def load_reference_state(path: Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"{path}: entry {name!r}: {list(value.shape)} is more than the file holds for it"
             )
-    return dict(state)
+    beside = {} if state is contents else {name: v for name, v in contents.items() if name != "state_dict"}
+    return dict(state), beside
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ def tokenizer_weights(
     for own, wanted in expected.items():
         live = reference_name(own, levels)
         used.add(live)
-        name = "model_ema." + live.replace(".", "") if averaged else live
+        name = average_name(live) if averaged else live
         if name not in state:
             raise ValueError(f"{path}: weight {name!r} {list(wanted.shape)} is missing")
         if state[name].shape != wanted.shape:
@@ -156,6 +166,27 @@ def reference_name(own: str, levels: int) -> str:
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name)
     return re.sub(r"^decoder\.levels\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name)
+
+
+def average_name(live: str) -> str:
+    """The entry that holds the average of the parameter that the published implementation calls ``live``."""
+    return "model_ema." + live.replace(".", "")
+
+
+def published_order(names: Iterable[str], levels: int) -> list[str]:
+    """Own parameter names in the order in which the published implementation registers its own.
+
+    ``names`` come in the order of the tokenizer's ``named_parameters``. Its optimizer numbers them so.
+    """
+
+    def place(own: str) -> tuple[int, int, int]:
+        name = reference_name(own, levels)
+        up = re.match(r"decoder\.up\.(\d+)\.", name)
+        section = 1 if up else 2 if re.match(r"decoder\.(norm|conv)_out\.", name) else 0
+        module = _TOKENIZER_PREFIXES.index(name.split(".")[0] + ".")
+        return module, section, int(up[1]) if up else 0
+
+    return sorted(names, key=place)
 
 
 def discriminator_weights(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from ibq_fast.checkpoint.tensor_tree import open_for_writing, read_tree, write_t
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2  # 2: optimizer state by parameter name
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _TEMPORARY = ".writing-"
 

@@ -18,10 +18,12 @@ from ibq_fast.data.in_memory import InMemoryImages
 from ibq_fast.data.loader import Batch, Loader, Position
 from ibq_fast.data.pixels import to_float, to_uint8
 from ibq_fast.data.sampler import ResumableBatchSampler
+from ibq_fast.data.shards import BadSample, ShardLoader
 from ibq_fast.data.transform import SquareCrop
 
 __all__ = [
     "BadImageError",
+    "BadSample",
     "Batch",
     "DataConfig",
     "DataError",
@@ -31,6 +33,7 @@ __all__ = [
     "Loader",
     "Position",
     "ResumableBatchSampler",
+    "ShardLoader",
     "Split",
     "SquareCrop",
     "build_dataset",

@@ -13,6 +13,9 @@ from ibq_fast.data.in_memory import InMemoryImages
 from ibq_fast.data.loader import Loader
 from ibq_fast.data.paths import class_folders
 from ibq_fast.data.sampler import ResumableBatchSampler
+from ibq_fast.data.shard_reader import find_shards
+from ibq_fast.data.shards import ShardLoader
+from ibq_fast.data.transform import Crop, SquareCrop
 
 Split = Literal["train", "val"]
 
@@ -22,9 +25,12 @@ class DataConfig:
     """Which images a run reads, and how.
 
     Args:
-        kind: "image_folder", or "fashion_mnist" (embedded: 14,000 training and 2,000 held-out images).
-        root: image_folder: folder of class folders, root/class/name.jpg, with images of any size.
-        val_root: image_folder: held-out images in the same class folders; or give val_fraction.
+        kind: "image_folder", "shards" (tar files as webdataset lays them out), or "fashion_mnist" (embedded:
+            14,000 training and 2,000 held-out images).
+        root: image_folder: folder of class folders, root/class/name.jpg, with images of any size. shards:
+            their names, such as "train-{0000..0299}.tar", "shards/*.tar", "https://…/{00..99}.tar" or
+            "pipe:aws s3 cp s3://…/{00..99}.tar -", several of them with "::" in between.
+        val_root: held-out images: in the same class folders (or give val_fraction), or in other shards.
         val_fraction: image_folder: share of root held out, chosen by a hash of each path; or give val_root.
         resolution: side of the square images in pixels (32 for fashion_mnist).
         channels: 3 (RGB) or 1 (grey).
@@ -34,14 +40,17 @@ class DataConfig:
         flip: training: mirror images left to right with probability 1/2.
         interpolation: "bicubic" or "bilinear", both antialiased.
         batch_size: images per process and step.
-        num_workers: processes that decode images (image_folder), per training process; 0 decodes in it.
+        num_workers: processes that decode images (not fashion_mnist), per training process; 0 decodes in it.
+        shuffle_buffer: shards: samples of which a worker draws the next one at random (beside the random
+            order of the shards).
+        resample: shards: draw shards with replacement, without epochs; for more processes than shards.
         max_bad_fraction: the run stops when more than this share of the images is unreadable.
         max_pixels: larger images count as unreadable (decompression bombs).
 
     Raises ValueError for values out of range.
     """
 
-    kind: Literal["fashion_mnist", "image_folder"] = "image_folder"
+    kind: Literal["fashion_mnist", "image_folder", "shards"] = "image_folder"
     root: str | None = None
     val_root: str | None = None
     val_fraction: float = 0.0
@@ -55,13 +64,23 @@ class DataConfig:
     num_workers: int = 2
     max_bad_fraction: float = 0.01
     max_pixels: int = MAX_PIXELS
+    shuffle_buffer: int = 1000
+    resample: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("fashion_mnist", "image_folder"):
-            raise ValueError(f'kind: expected "fashion_mnist" or "image_folder", got {self.kind!r}')
-        for name, least in (("resolution", 1), ("batch_size", 1), ("num_workers", 0), ("max_pixels", 1)):
+        if self.kind not in ("fashion_mnist", "image_folder", "shards"):
+            raise ValueError(f'kind: expected "fashion_mnist", "image_folder" or "shards", got {self.kind!r}')
+        for name, least in (
+            ("resolution", 1),
+            ("batch_size", 1),
+            ("num_workers", 0),
+            ("max_pixels", 1),
+            ("shuffle_buffer", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.kind == "shards" and self.val_fraction > 0.0:
+            raise ValueError(f"val_fraction: expected val_root for shards, got {self.val_fraction}")
         if self.channels not in (1, 3):
             raise ValueError(f"channels: expected 1 or 3, got {self.channels}")
         if self.val_root is not None and self.val_fraction > 0.0:
@@ -77,6 +96,10 @@ def build_dataset(config: DataConfig, split: Split, *, seed: int = 0) -> ImageFo
     if split not in ("train", "val"):
         raise ValueError(f'split: expected "train" or "val", got {split!r}')
     train = split == "train"
+    if config.kind == "shards":
+        raise ValueError(
+            "kind: expected image_folder or fashion_mnist, whose images have numbers, got shards"
+        )
     if config.kind == "fashion_mnist":
         if config.resolution != FASHION_MNIST_RESOLUTION:
             raise ValueError(f"resolution: expected 32 for fashion_mnist, got {config.resolution}")
@@ -93,7 +116,7 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool | None = None,
-) -> Loader:
+) -> Loader | ShardLoader:
     """Batches of uint8 images [B, C, H, W] and int64 labels [B] of this rank.
 
     Training: shuffled anew in each epoch, full batches only, resumable (``state_dict``, ``set_position``).
@@ -106,9 +129,12 @@ def build_loader(
         rank, world_size: this process and how many there are; each gets its own share of every step.
         pin_memory: page-locked batches; None: when there is a CUDA device.
 
-    Raises as ``build_dataset``, and ValueError when there are fewer training images than one step takes.
+    Raises as ``build_dataset``, and ValueError when there are fewer training images than one step takes, or
+    fewer shards than workers.
     """
     train = split == "train"
+    if config.kind == "shards":
+        return _shards(config, train, seed, rank, world_size, pin_memory)
     dataset = build_dataset(config, split, seed=seed)
     sampler = ResumableBatchSampler(
         len(dataset),
@@ -120,6 +146,35 @@ def build_loader(
         world_size=world_size,
     )
     return Loader(dataset, sampler, train=train, num_workers=config.num_workers, pin_memory=pin_memory)
+
+
+def _shards(
+    config: DataConfig, train: bool, seed: int, rank: int, world_size: int, pin_memory: bool | None
+) -> ShardLoader:
+    pattern = config.root if train else config.val_root
+    if pattern is None:
+        raise ValueError(
+            f"{'root' if train else 'val_root'}: expected names of shards for kind shards, got none"
+        )
+    crop: Crop = config.crop if train else "center"
+    return ShardLoader(
+        find_shards(pattern),
+        SquareCrop(
+            config.resolution, crop, config.min_crop_scale, config.flip and train, config.interpolation
+        ),
+        train=train,
+        channels=config.channels,
+        max_pixels=config.max_pixels,
+        max_bad_fraction=config.max_bad_fraction,
+        batch_size=config.batch_size,
+        seed=seed,
+        buffer=config.shuffle_buffer,
+        resample=config.resample,
+        num_workers=config.num_workers,
+        rank=rank,
+        world_size=world_size,
+        pin_memory=pin_memory,
+    )
 
 
 def _image_folder(config: DataConfig, train: bool, seed: int) -> ImageFolder:

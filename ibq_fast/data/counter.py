@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 SHUFFLE: Final = 0
 FLIP: Final = 1
 CROP: Final = (2, 3, 4, 5)
+SHARD: Final = 6
 REPLACE: Final = 16  # and the following ones, one per attempt
 
 _STEP = 0x9E3779B97F4A7C15

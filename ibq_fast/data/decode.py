@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+import io
 import os
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # Pillow's own threshold of suspicion: a quarter of a gigabyte as RGB
 _ORIENTATION_TAG = 0x0112
@@ -32,6 +33,9 @@ class Fault(enum.IntEnum):
     CORRUPT = 4
     TOO_LARGE = 5
     UNSUPPORTED = 6
+    NO_IMAGE = 7
+    BAD_LABEL = 8
+    BROKEN_SHARD = 9
 
     @property
     def reason(self) -> str:
@@ -46,19 +50,26 @@ _REASONS = {
     Fault.CORRUPT: "truncated or corrupt",
     Fault.TOO_LARGE: "more pixels than max_pixels (a decompression bomb?)",
     Fault.UNSUPPORTED: "pixel type not supported (floating point, 32-bit integer, Lab)",
+    Fault.NO_IMAGE: "the sample has no image file",
+    Fault.BAD_LABEL: "the label is not an integer",
+    Fault.BROKEN_SHARD: "the shard cannot be read to its end",
 }
 
 
 class BadImageError(ValueError):
-    """One image that cannot be used: ``path``, ``fault`` and, in the message, the decoder's own words."""
+    """One image that cannot be used: ``path``, ``fault`` and ``detail``, the decoder's own words."""
 
     def __init__(self, path: str | Path, fault: Fault, detail: str) -> None:
         super().__init__(f"{path}: {fault.reason}: {detail}" if detail else f"{path}: {fault.reason}")
-        self.path, self.fault = str(path), fault
+        self.path, self.fault, self.detail = str(path), fault, detail
 
 
-def decode_image(path: str | Path, channels: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(
+    path: str | Path, channels: int, *, max_pixels: int = MAX_PIXELS, content: bytes | None = None
+) -> Image.Image:
     """The first frame of an image file, upright, as mode "L" (``channels`` 1) or "RGB" (3).
+
+    ``content``: the file's bytes, where it is no file of its own; ``path`` is then only its name.
 
     EXIF orientation is applied; transparency is laid over white; 16-bit grey is scaled to 8 bits; palette,
     bilevel and CMYK are converted; RGB becomes grey by the ITU-R 601 luma. The size is checked against
@@ -70,7 +81,7 @@ def decode_image(path: str | Path, channels: int, *, max_pixels: int = MAX_PIXEL
         with warnings.catch_warnings():
             # Of large images, refused below in our own words, and of odd metadata, which is not used.
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path if content is None else io.BytesIO(content)) as image:
                 if image.width * image.height > max_pixels:
                     size = f"{image.width} x {image.height} > {max_pixels:,}"
                     raise BadImageError(path, Fault.TOO_LARGE, size)
@@ -80,17 +91,19 @@ def decode_image(path: str | Path, channels: int, *, max_pixels: int = MAX_PIXEL
         raise
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, … on bad bytes.
-        raise BadImageError(path, _classify(path, error), str(error)) from error
+        # Of a file that is none of an image Pillow says only that.
+        detail = "" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise BadImageError(path, _classify(path, content, error), detail) from error
 
 
-def _classify(path: str | Path, error: Exception) -> Fault:
+def _classify(path: str | Path, content: bytes | None, error: Exception) -> Fault:
     if isinstance(error, Image.DecompressionBombError):
         return Fault.TOO_LARGE
     if isinstance(error, OSError) and error.errno is not None:
         return Fault.UNREADABLE
-    if os.stat(path).st_size == 0:
+    if (os.stat(path).st_size if content is None else len(content)) == 0:
         return Fault.EMPTY
-    return Fault.NOT_AN_IMAGE if isinstance(error, Image.UnidentifiedImageError) else Fault.CORRUPT
+    return Fault.NOT_AN_IMAGE if isinstance(error, UnidentifiedImageError) else Fault.CORRUPT
 
 
 def _upright(image: Image.Image) -> Image.Image:

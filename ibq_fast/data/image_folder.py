@@ -29,9 +29,9 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     ``max_bad_fraction`` of all images of the set bad: DataError.
 
     **State.** One byte per image in shared memory, written by whichever process finds it bad: so the count is
-    visible in the main process and to every worker. It belongs to the process group of one run on one
-    machine: it is not saved in checkpoints (a resumed run finds the bad images again) and not shared between
-    ranks. Workers only mark; the main process logs, when ``report`` is called (the loader of
+    visible in the main process and to every worker. It is not saved in checkpoints (a resumed run finds the
+    bad images again); the ranks of a distributed run tell each other at every logging interval
+    (``merge_faults``). Workers only mark; the main process logs, when ``report`` is called (the loader of
     ``build_loader`` does so after every batch).
 
     **Randomness.** ``dataset[epoch, index]`` is a function of the files, seed, epoch and index alone.
@@ -118,8 +118,24 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     @property
     def bad(self) -> list[tuple[Path, str]]:
         """(path, reason) of every image found bad so far, by any worker of this process."""
+        return [(self.paths[index], Fault(fault).reason) for index, fault in self.faults]
+
+    @property
+    def faults(self) -> list[tuple[int, int]]:
+        """(index, fault) of every image found bad so far, by any worker of this process."""
         found = torch.nonzero(self._faults).flatten().tolist()
-        return [(self.paths[index], Fault(int(self._faults[index])).reason) for index in found]
+        return [(index, int(self._faults[index])) for index in found]
+
+    def merge_faults(self, faults: Sequence[tuple[int, int]]) -> int:
+        """Take ``faults``, found by other processes of the run, for known: they are not logged again.
+
+        Returns the number of bad images so far; raises as ``report``.
+        """
+        self.report()
+        for index, fault in faults:
+            self._faults[index] = fault
+            self._reported.add(index)
+        return self.report()
 
     def report(self) -> int:
         """Log each bad image that was not logged yet; the number of bad images so far.
@@ -127,11 +143,10 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         Raises DataError when it exceeds ``max_bad_fraction`` of the set.
         """
         if int(torch.count_nonzero(self._faults)) > len(self._reported):
-            for index in torch.nonzero(self._faults).flatten().tolist():
+            for index, fault in self.faults:
                 if index not in self._reported:
                     self._reported.add(index)
-                    reason = Fault(int(self._faults[index])).reason
-                    _log.warning("bad image skipped: %s: %s", self.paths[index], reason)
+                    _log.warning("bad image skipped: %s: %s", self.paths[index], Fault(fault).reason)
         self._check_share()
         return len(self._reported)
 

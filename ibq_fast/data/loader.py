@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, default_collate
 from ibq_fast.data.image_folder import ImageFolder
 from ibq_fast.data.in_memory import InMemoryImages
 from ibq_fast.data.sampler import ResumableBatchSampler
+
+Gather = Callable[[list[Any]], list[Any]]  # joins the lists of all processes, on each of them
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class Loader:
                 num_workers=num_workers,
                 persistent_workers=num_workers > 0,
                 pin_memory=self._pin,
-                worker_init_fn=_ignore_interrupt,
+                worker_init_fn=ignore_interrupt,
                 # Its own generator: a DataLoader draws a seed at each start, which would otherwise come from
                 # the global one, and a resumed run starts once more than an unbroken one.
                 generator=torch.Generator(),
@@ -108,8 +110,11 @@ class Loader:
         more, step = divmod(step, len(self))
         self._position = Position(epoch + more, step)
 
-    def state_dict(self) -> dict[str, int]:
-        """Position, and what it means: seed, number of images, images per step over all ranks."""
+    def state_dict(self, gather: Gather = list) -> dict[str, int]:
+        """Position, and what it means: seed, number of images, images per step over all ranks.
+
+        It is the same on all ranks: nothing has to be gathered.
+        """
         return {
             **self._position._asdict(),
             "seed": self.sampler.seed,
@@ -132,6 +137,17 @@ class Loader:
         images = state["step"] * state["global_batch"]
         step = -(-images // self.sampler.global_batch)
         self.set_position(state["epoch"] + step // len(self), step % len(self))
+
+    def share_faults(self, gather: Gather) -> dict[str, float]:
+        """Tell the other processes of a distributed run which images are bad; all call it together.
+
+        ``gather`` joins the lists of all processes on each of them. Returns figures for the log:
+        ``bad_images`` (over all processes), nothing where images cannot be bad. Raises DataError, on every
+        process, when they are more than ``max_bad_fraction`` of the set.
+        """
+        if not isinstance(self.dataset, ImageFolder):
+            return {}
+        return {"bad_images": float(self.dataset.merge_faults(gather(self.dataset.faults)))}
 
     def close(self) -> None:
         """Stop the workers now; the next iteration starts new ones. Without it they stop with the loader.
@@ -192,6 +208,6 @@ class _Collate:
         return batch[0], batch[1]
 
 
-def _ignore_interrupt(worker: int) -> None:
+def ignore_interrupt(worker: int) -> None:
     """Ctrl-C reaches the whole process group; the main process decides, and stops the workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ibq_fast.checkpoint.pretrained import PretrainedMixin, build_and_load
 from ibq_fast.generator import arguments
@@ -42,6 +43,8 @@ class Generator(PretrainedMixin, nn.Module):
     """
 
     config_class: ClassVar[type] = GeneratorConfig
+    recompute = False
+    """Whether training recomputes each block's activations in the backward pass instead of keeping them."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -196,7 +199,10 @@ class Generator(PretrainedMixin, nn.Module):
         block_condition, head_condition = self.condition(class_vectors)
         factors = self.rotary(0, x.shape[1])
         for block in self.layers():
-            x = block(x, block_condition, factors)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, block_condition, factors, use_reentrant=False)
+            else:
+                x = block(x, block_condition, factors)
         return self.head_norm(x, head_condition)
 
     @classmethod

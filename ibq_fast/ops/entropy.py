@@ -69,7 +69,12 @@ def codebook_entropy(
 def summarize(row_entropy: Tensor, mean_prob: Tensor, eps: float) -> EntropyResult:
     """The two entropies from the operator's statistics, in plain differentiable PyTorch."""
     sample = row_entropy.sum() / max(row_entropy.shape[0], 1)
-    return EntropyResult(sample, -(mean_prob * torch.log(mean_prob + eps)).sum(), mean_prob)
+    return EntropyResult(sample, entropy_of_mean(mean_prob, eps), mean_prob)
+
+
+def entropy_of_mean(mean_prob: Tensor, eps: float = 1e-5) -> Tensor:
+    """-Σ p̄ log(p̄ + eps) of ``mean_prob`` [K], 0-dim, in nats."""
+    return -(mean_prob * torch.log(mean_prob + eps)).sum()
 
 
 def reference(

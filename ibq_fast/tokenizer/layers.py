@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
@@ -76,7 +78,21 @@ class Upsample(nn.Conv2d):
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Middle(nn.Module):
+class Recomputed(nn.Module):
+    """A part whose activations may be recomputed in the backward pass instead of kept: set ``recompute``."""
+
+    recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, use_reentrant=False)
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Middle(Recomputed):
     """The coarsest feature map's block, attention, block."""
 
     def __init__(self, channels: int, dropout: float) -> None:
@@ -85,11 +101,11 @@ class Middle(nn.Module):
         self.attention = SelfAttention(channels)
         self.block2 = ResnetBlock(channels, channels, dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         return self.block2(self.attention(self.block1(x)))
 
 
-class Level(nn.Module):
+class Level(Recomputed):
     """Residual blocks at one resolution, each with attention after it if the level attends, then a resize."""
 
     def __init__(
@@ -110,7 +126,7 @@ class Level(nn.Module):
         )
         self.resize = nn.Identity() if resize is None else resize
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.blocks):
             x = block(x)
             if len(self.attentions):

@@ -34,6 +34,9 @@ class LossConfig:
     discriminator_start: first step with adversarial terms; before it they cost nothing.
     discriminator_factor: scales both sides of the adversarial game.
     discriminator_channels, discriminator_layers: size of the patch discriminator a trainer builds.
+    discriminator_norm: whose images its batch norms take their statistics over: those of each device
+        ("device", as published; the running statistics are the main process's), or those of all devices
+        ("all", on GPUs and NPUs).
     lecam_weight, lecam_decay: LeCam regularisation of the discriminator by running averages of its logits.
     """
 
@@ -49,12 +52,15 @@ class LossConfig:
     discriminator_factor: float = 1.0
     discriminator_channels: int = 64
     discriminator_layers: int = 3
+    discriminator_norm: Literal["device", "all"] = "device"
     lecam_weight: float = 0.05
     lecam_decay: float = 0.999
 
     def __post_init__(self) -> None:
         if self.adversarial not in ("none", "hinge", "vanilla"):
             raise ValueError(f"adversarial: expected none, hinge or vanilla, got {self.adversarial!r}")
+        if self.discriminator_norm not in ("device", "all"):
+            raise ValueError(f"discriminator_norm: expected device or all, got {self.discriminator_norm!r}")
         for name in ("reconstruction", "squared", "perceptual", "quantization", "lecam"):
             value = getattr(self, f"{name}_weight")
             if not value >= 0:
@@ -132,7 +138,7 @@ class TokenizerLoss(nn.Module):
         ``config.adversarial`` is not "none", and ``tokenizer.last_layer`` when ``generator_weight`` is None.
         Terms: total; reconstruction, squared, perceptual and nll, their weighted sum; quantization,
         sample_entropy, codebook_entropy, entropy and codebook, the weighted sum of quantization and entropy;
-        adversarial (weighted), adversarial_unweighted, adversarial_weight.
+        adversarial (weighted), adversarial_unweighted, adversarial_weight, discriminator_factor.
         """
         config, reconstruction, quantized = self.config, output.reconstruction, output.quantizer
         if images.shape != reconstruction.shape:
@@ -170,6 +176,7 @@ class TokenizerLoss(nn.Module):
             "adversarial": weight * adversarial,
             "adversarial_unweighted": adversarial,
             "adversarial_weight": weight,
+            "discriminator_factor": pixels.new_tensor(factor),
         }
         return LossOutput(total, {name: term.detach() for name, term in terms.items()})
 

@@ -13,6 +13,7 @@ from ibq_fast.checkpoint.reference import tokenizer_layout, tokenizer_state, tok
 from ibq_fast.quantizer import QuantizerConfig, QuantizerOutput, build_quantizer
 from ibq_fast.tokenizer.autoencoder import Decoder, Encoder
 from ibq_fast.tokenizer.config import TokenizerConfig
+from ibq_fast.tokenizer.layers import Recomputed
 
 _RANGE_SLACK = 1e-3  # rounding of half-precision images, not overshoot of a resampling filter
 
@@ -51,6 +52,12 @@ class Tokenizer(PretrainedMixin, nn.Module):
     def downsampling(self) -> int:
         """Pixels of the image's side per token."""
         return self.config.downsampling
+
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Whether training recomputes the activations of each level in the backward pass, to save memory."""
+        for module in self.modules():
+            if isinstance(module, Recomputed):
+                module.recompute = on
 
     @property
     def last_layer(self) -> Tensor:
@@ -124,46 +131,60 @@ class Tokenizer(PretrainedMixin, nn.Module):
 
     @classmethod
     def _from_reference(
-        cls,
-        path: Path,
-        state_dict: dict[str, Tensor],
-        *,
-        ema: bool,
-        resolution: int = 256,
-        dropout: float = 0.0,
-        quantizer: dict[str, Any] | None = None,
+        cls, path: Path, state_dict: dict[str, Tensor], *, ema: bool, **overrides: Any
     ) -> Tokenizer:
         state = tokenizer_state(state_dict, path)
-        layout = tokenizer_layout(state, path)
-        try:
-            config = TokenizerConfig(
-                image_channels=layout.image_channels,
-                resolution=resolution,
-                base_channels=layout.base_channels,
-                channel_multipliers=layout.channel_multipliers,
-                num_res_blocks=layout.num_res_blocks,
-                attention_resolutions=tuple(
-                    resolution // 2**level for level, attends in enumerate(layout.attention_levels) if attends
-                ),
-                latent_channels=layout.latent_channels,
-                dropout=dropout,
-                quantizer=QuantizerConfig(
-                    codebook_size=layout.codebook_size, dim=layout.code_dim, **(quantizer or {})
-                ),
-            )
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        with torch.device("meta"):
-            outline = cls(config)
-        buffers = {f"quantizer.{name}" for name, _ in outline.quantizer.named_buffers()}
-        expected = {name: t for name, t in outline.state_dict().items() if name not in buffers}
-        weights = tokenizer_weights(state, expected, path, levels=len(layout.channel_multipliers), ema=ema)
+        config = published_config(state, path, **overrides)
+        weights = tokenizer_weights(
+            state, expected_weights(config), path, levels=len(config.channel_multipliers), ema=ema
+        )
         model = cls(config)
         state = {**model.state_dict(), **weights}
         if "quantizer.initialized" in state:  # the checkpoint's codes are not to be redrawn from features
             state["quantizer.initialized"] = torch.ones_like(state["quantizer.initialized"])
         load_weights(model, state, path)
         return model
+
+
+def published_config(
+    state: dict[str, Tensor],
+    path: Path,
+    *,
+    resolution: int = 256,
+    dropout: float = 0.0,
+    quantizer: dict[str, Any] | None = None,
+) -> TokenizerConfig:
+    """The settings of a published tokenizer: what ``state``'s shapes say, the rest as given.
+
+    Raises ``ValueError`` naming ``path`` for shapes or values that no tokenizer can have.
+    """
+    layout = tokenizer_layout(state, path)
+    try:
+        return TokenizerConfig(
+            image_channels=layout.image_channels,
+            resolution=resolution,
+            base_channels=layout.base_channels,
+            channel_multipliers=layout.channel_multipliers,
+            num_res_blocks=layout.num_res_blocks,
+            attention_resolutions=tuple(
+                resolution // 2**level for level, attends in enumerate(layout.attention_levels) if attends
+            ),
+            latent_channels=layout.latent_channels,
+            dropout=dropout,
+            quantizer=QuantizerConfig(
+                codebook_size=layout.codebook_size, dim=layout.code_dim, **(quantizer or {})
+            ),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def expected_weights(config: TokenizerConfig) -> dict[str, Tensor]:
+    """The parameters that a published checkpoint has of such a tokenizer, by own name, on the meta device."""
+    with torch.device("meta"):
+        parameters = dict(Tokenizer(config).named_parameters())
+    own = {name for name in parameters if name.startswith("quantizer.") and name != "quantizer.codebook"}
+    return {name: p for name, p in parameters.items() if name not in own}
 
 
 def _described(value: object) -> str:

@@ -27,7 +27,8 @@ stopping:
   Ctrl-C or SIGTERM finishes the step, saves and exits with 130 or 143; a second one leaves at once.
   --resume goes on from the newest checkpoint that is whole.
 
-exit codes: 0 trained; 1 stopped by an error; 2 wrong arguments; 130, 143 stopped by a signal
+exit codes: 0 trained; 1 stopped by an error; 2 wrong arguments; 75 another process of the run was lost;
+130, 143 stopped by a signal
 """
 
 KINDS = ("tokenizer", "generator")
@@ -65,6 +66,8 @@ def _train(config: object) -> int:
     from ibq_fast.train.config import TokenizerRun
     from ibq_fast.train.errors import NonFiniteError, TrainingInterrupted
     from ibq_fast.train.generator import train_generator
+    from ibq_fast.train.peers import EXIT_CODE as PEER_LOST
+    from ibq_fast.train.peers import PeerLostError
     from ibq_fast.train.tokenizer import train_tokenizer
 
     try:
@@ -77,6 +80,9 @@ def _train(config: object) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before the first step; nothing to save\n")
         return 130
+    except PeerLostError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return PEER_LOST
     except (DataError, NonFiniteError, OSError, SafetensorError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

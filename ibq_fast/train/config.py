@@ -28,14 +28,26 @@ class RunConfig:
 
     Args:
         dir: everything the run writes goes below it.
+        init_from: weights, averages, discriminator and optimizers to start from, as far as it has them: a
+            published checkpoint, a model's directory, a run's directory or checkpoint, or a hub id. Step and
+            schedules start at 0. A run that resumes ignores it.
         resume: go on from the newest good checkpoint in dir, if there is one.
         seed: of the weights, the order of the data, dropout.
         steps: optimiser steps after which the run ends; this or max_minutes must be set.
         max_minutes: minutes after which it ends, earlier parts of a resumed run included; with both set, at
             whichever comes first, and a decaying learning rate follows the one that is further on.
         device: auto takes what accelerate finds; cpu, cuda and npu insist.
+        peer_timeout: seconds without a sign of life after which another process of a distributed run counts
+            as lost and this one stops (0: never).
+        collective_minutes: longest wait of one process for another, such as for the encoding of a data set.
         mixed_precision: what matrix products and convolutions are computed in; auto is bf16 on an NPU and
             no (float32) elsewhere.
+        compile: torch.compile the convolutions' and attention's parts of the models; the quantizer's kernels
+            stay as they are.
+        compile_backend: inductor, or another backend of torch.compile.
+        channels_last: images and convolutions in channels-last memory format (tokenizer).
+        activation_checkpointing: recompute activations in the backward pass: less memory, about a third more
+            time.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations on held-out data (0: only at the end).
         sample_every: steps between picture grids (0: only at the end).
@@ -48,12 +60,19 @@ class RunConfig:
     """
 
     dir: str = "runs/run"
+    init_from: str | None = None
     resume: bool = False
     seed: int = 0
     steps: int | None = None
     max_minutes: float | None = None
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    peer_timeout: float = 40.0
+    collective_minutes: float = 240.0
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    compile: bool = False
+    compile_backend: str = "inductor"
+    channels_last: bool = False
+    activation_checkpointing: bool = False
     log_every: int = 50
     eval_every: int = 1000
     sample_every: int = 1000
@@ -70,6 +89,7 @@ class RunConfig:
         for name, least in (
             ("steps", 1),
             ("max_minutes", 0),
+            ("peer_timeout", 0),
             ("log_every", 1),
             ("eval_every", 0),
             ("sample_every", 0),

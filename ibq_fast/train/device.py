@@ -5,10 +5,12 @@ Under torchrun, accelerate connects the processes: by NCCL on GPUs, HCCL on NPUs
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from ibq_fast import npu
 from ibq_fast.train.config import RunConfig
@@ -24,14 +26,16 @@ def build_accelerator(run: RunConfig) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
     cpu = run.device == "cpu"
-    kind = PartialState(cpu=cpu).device.type
+    timeout = timedelta(minutes=run.collective_minutes)
+    kind = PartialState(cpu=cpu, timeout=timeout).device.type
     if run.device not in ("auto", kind):
         reason = npu.unavailable() if run.device == "npu" else None
         because = f": {reason}" if reason else ""
         raise ValueError(
             f"run.device: expected a machine with {run.device}, accelerate found only {kind}{because}"
         )
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision(run, kind))
+    waiting = InitProcessGroupKwargs(timeout=timeout)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision(run, kind), kwargs_handlers=[waiting])
     set_seed(run.seed, device_specific=accelerator.num_processes > 1)
     return accelerator
 

@@ -15,14 +15,15 @@ class WeightAverage:
 
     The average starts as a copy of the weights at the first :meth:`update`, so a codebook that is
     initialised from the first batch does not drag its discarded values along. Buffers are the module's own,
-    not averaged.
+    not averaged. With ``on_cpu`` the averages live in the CPU's memory and cost a device none.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, *, on_cpu: bool = False) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"decay: expected a number in (0, 1), got {decay}")
         self.decay = decay
         self.updates = 0
+        self._on_cpu = on_cpu
         self._names = [name for name, p in module.named_parameters() if p.requires_grad]
         self._weights: list[torch.Tensor] = [p for p in module.parameters() if p.requires_grad]
         self._average: list[torch.Tensor] = []
@@ -30,11 +31,12 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are now."""
+        weights = [p.detach().cpu() for p in self._weights] if self._on_cpu else self._weights
         if not self._average:
-            self._average = [p.detach().clone() for p in self._weights]
+            self._average = [p.detach().clone() for p in weights]
         else:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-            torch._foreach_lerp_(self._average, self._weights, 1 - decay)
+            torch._foreach_lerp_(self._average, weights, 1 - decay)
         self.updates += 1
 
     @contextmanager
@@ -64,8 +66,9 @@ class WeightAverage:
             raise ValueError(
                 f"EMA state: expected the module's {len(self._names)} parameters, differs in {odd[:5]}"
             )
-        self._average = [
-            average[name].to(p.device, p.dtype)
-            for name, p in zip(self._names, self._weights, strict=True)
-            if average
-        ]
+        if not average:
+            self._average = []
+            return
+        self._average = [p.detach().to("cpu" if self._on_cpu else p.device).clone() for p in self._weights]
+        for own, name in zip(self._average, self._names, strict=True):
+            own.copy_(average[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from ibq_fast.generator import Generator
 from ibq_fast.tokenizer import Tokenizer
 from ibq_fast.train.config import GeneratorRun, dump_config
 from ibq_fast.train.device import build_accelerator
-from ibq_fast.train.loop import run_task
+from ibq_fast.train.loop import run_task, will_resume
+from ibq_fast.train.peers import PeerWatch
 from ibq_fast.train.progress import Reporter
+from ibq_fast.train.speed import prepare
 from ibq_fast.train.token_cache import TokenCache, build_token_cache
 from ibq_fast.train.weights import Trained
 
@@ -28,12 +31,15 @@ def train_generator(config: GeneratorRun) -> Path:
     """Train a generator and return the directory of the exported model, ``<run.dir>/generator``.
 
     Raises ValueError for settings that do not fit the tokenizer or the data, and what :func:`run_task`
-    raises.
+    and :class:`PeerWatch` raise.
     """
     accelerator = build_accelerator(config.run)
-    tokenizer = Tokenizer.from_pretrained(config.tokenizer, device=accelerator.device).requires_grad_(False)
-    task = GeneratorTask(config, accelerator, tokenizer)
-    return run_task(task, config.run, accelerator)
+    with PeerWatch(config.run):
+        tokenizer = Tokenizer.from_pretrained(config.tokenizer, device=accelerator.device)
+        task = GeneratorTask(config, accelerator, tokenizer.requires_grad_(False))
+        if config.run.init_from and not will_resume(config.run):
+            task.start_from(config.run.init_from)
+        return run_task(task, config.run, accelerator)
 
 
 class GeneratorTask:
@@ -61,7 +67,10 @@ class GeneratorTask:
             world_size=accelerator.num_processes,
         )
         self.images_per_step = self.sampler.global_batch * config.optim.accumulate
-        self.generator = Trained(_Loss(Generator(config.model)), config.optim, accelerator, averaged=True)
+        generator = Generator(config.model)
+        generator.recompute = config.run.activation_checkpointing
+        prepare(generator, generator.layers(), replace(config.run, channels_last=False))
+        self.generator = Trained(_Loss(generator), config.optim, accelerator, averaged=True)
 
     def record(self, run_dir: Path) -> None:
         dump_config(self.config, run_dir / "config.yaml")
@@ -120,6 +129,17 @@ class GeneratorTask:
 
     def load_state(self, parts: Mapping[str, Any]) -> None:
         self.generator.load_state(parts["generator"])
+
+    def start_from(self, source: str) -> None:
+        """Take over the weights, and what else there is, of another generator of these settings.
+
+        Raises ValueError, naming the weight, where they do not fit, and what ``load_snapshot`` raises.
+        """
+        from ibq_fast.checkpoint.snapshot import load_snapshot, renamed
+
+        snapshot = load_snapshot(source, "generator")
+        network = renamed(snapshot.parts["generator"], lambda name: f"generator.{name}")
+        self.generator.start_from(network, source)
 
     def export(self, run_dir: Path) -> Path:
         folder = run_dir / "generator"

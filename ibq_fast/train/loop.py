@@ -52,7 +52,7 @@ class Task(Protocol):
         """Figures on held-out data."""
 
     def picture(self) -> tuple[str, torch.Tensor]:
-        """A name and a uint8 [C,H,W] grid."""
+        """A name and a uint8 [C,H,W] grid; asked of the main process alone."""
 
     def parameters(self) -> Mapping[str, torch.Tensor]:
         """What must stay finite."""
@@ -85,6 +85,11 @@ def run_task(task: Task, config: RunConfig, accelerator: Accelerator) -> Path:
         ) as reporter,
     ):
         return _Loop(task, config, accelerator, reporter, stop).run()
+
+
+def will_resume(config: RunConfig) -> bool:
+    """Whether a run goes on from one of its own checkpoints."""
+    return config.resume and bool(list_checkpoints(Path(config.dir) / CHECKPOINTS))
 
 
 class _Loop:
@@ -167,13 +172,20 @@ class _Loop:
         return every > 0 and self.step % every == 0
 
     def _log_figures(self) -> None:
-        values = {**self.terms.take(), **self.task.figures()}
+        values = {**self._over_processes(self.terms.take()), **self.task.figures()}
         values["images_per_second"] = self.reporter.images_per_second
         self.log.scalars("train", self.step, self.clock.seconds, values)
         shown = ("loss", "reconstruction", "utilisation", "lr")
         self.reporter.figures(
             self.step, self.clock.seconds, {name: values[name] for name in shown if name in values}
         )
+
+    def _over_processes(self, means: dict[str, float]) -> dict[str, float]:
+        """The means over all processes, which have the same terms and batches of the same size."""
+        if self.accelerator.num_processes == 1:
+            return means
+        values = torch.tensor(list(means.values()), dtype=torch.float32, device=self.accelerator.device)
+        return dict(zip(means, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
     def _evaluate(self) -> None:
         with untouched_rng(self.accelerator.device), torch.no_grad():
@@ -183,6 +195,8 @@ class _Loop:
         self.reporter.say(f"held out, step {self.step}: {text}")
 
     def _picture(self) -> None:
+        if not self.accelerator.is_main_process:  # the others may have no held-out images at all
+            return
         with untouched_rng(self.accelerator.device), torch.no_grad():
             name, grid = self.task.picture()
         self.log.image(name, self.step, grid)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ibq_fast.train.schedule import ScheduleConfig, learning_rate_factor, weight_decay_at
 
@@ -26,6 +26,7 @@ class OptimConfig:
         clip_norm: largest norm of the gradient (0: no clipping).
         accumulate: micro-batches per update.
         ema_decay: of the averaged weights that are evaluated and exported (0: none are kept).
+        ema_on_cpu: keep the averages in the CPU's memory; each update then copies the weights there.
         schedule: of the learning rate.
     """
 
@@ -38,6 +39,7 @@ class OptimConfig:
     clip_norm: float = 0.0
     accumulate: int = 1
     ema_decay: float = 0.0
+    ema_on_cpu: bool = False
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
@@ -64,6 +66,39 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> 
     ]
     kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
     return kind([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def moments_by_name(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """What the optimizer remembers of each of ``module``'s parameters (Adam: step, exp_avg, exp_avg_sq).
+
+    By name and not by number: a resumed run may group its parameters otherwise.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    return {order[i]: dict(entry) for i, entry in optimizer.state_dict()["state"].items()}
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, module: nn.Module, moments: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Inverse of :func:`moments_by_name`; rates stay as they are.
+
+    Raises ValueError for a name that ``module`` does not have and for another shape.
+    """
+    parameters = dict(module.named_parameters())
+    for name, entry in moments.items():
+        if name not in parameters:
+            raise ValueError(f"optimizer state: expected the model's parameters, got {name!r}")
+        for key, value in entry.items():
+            if value.dim() and value.shape != parameters[name].shape:
+                raise ValueError(
+                    f"optimizer state: {name}.{key}: expected {list(parameters[name].shape)}, "
+                    f"got {list(value.shape)}"
+                )
+    names = {id(p): name for name, p in parameters.items()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    state = {i: dict(moments[name]) for i, name in enumerate(order) if name in moments}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def set_rates(

@@ -143,7 +143,7 @@ def _reserve(file: Path) -> None:
 def _fingerprint(tokenizer: Tokenizer, data: DataConfig, split: Split) -> str:
     """What the tokens depend on: weights, data settings, split."""
     digest = hashlib.sha256()
-    irrelevant = ("batch_size", "num_workers", "max_bad_fraction")
+    irrelevant = ("batch_size", "num_workers", "max_bad_fraction", "shuffle_buffer", "resample")
     settings = {name: value for name, value in asdict(data).items() if name not in irrelevant}
     digest.update(json.dumps([_FORMAT, split, settings], sort_keys=True).encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):

@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ibq_fast.data import build_loader, to_float, to_uint8
 from ibq_fast.evaluate.images import psnr, reconstruction_grid
 from ibq_fast.evaluate.usage import CodebookUsage, usage_figures
 from ibq_fast.tokenizer import LossConfig, PatchDiscriminator, Tokenizer, TokenizerLoss
+from ibq_fast.train.collapse import CollapseMonitor
 from ibq_fast.train.config import TokenizerRun, dump_config
 from ibq_fast.train.device import build_accelerator
-from ibq_fast.train.loop import run_task
+from ibq_fast.train.loop import run_task, will_resume
+from ibq_fast.train.peers import PeerWatch
 from ibq_fast.train.perceptual import build_perceptual
+from ibq_fast.train.speed import prepare
 from ibq_fast.train.usage import UsageWindow
 from ibq_fast.train.weights import Trained
 
@@ -30,7 +34,8 @@ def train_tokenizer(config: TokenizerRun, *, perceptual: Perceptual | None = Non
     """Train a tokenizer and return the directory of the exported model, ``<run.dir>/tokenizer``.
 
     ``perceptual(images, reconstructions)`` replaces the distance that ``config.perceptual`` names.
-    Raises ValueError for settings that do not fit together, and what :func:`run_task` raises.
+    Raises ValueError for settings that do not fit together, and what :func:`run_task` and
+    :class:`PeerWatch` raise.
     """
     if config.data.resolution != config.model.resolution:
         raise ValueError(
@@ -43,8 +48,11 @@ def train_tokenizer(config: TokenizerRun, *, perceptual: Perceptual | None = Non
             f"got {config.model.image_channels}"
         )
     accelerator = build_accelerator(config.run)
-    task = TokenizerTask(config, accelerator, perceptual)
-    return run_task(task, config.run, accelerator)
+    with PeerWatch(config.run):
+        task = TokenizerTask(config, accelerator, perceptual)
+        if config.run.init_from and not will_resume(config.run):
+            task.start_from(config.run.init_from)
+        return run_task(task, config.run, accelerator)
 
 
 class TokenizerTask:
@@ -68,20 +76,22 @@ class TokenizerTask:
         self.data = build_loader(config.data, "train", seed=config.run.seed, **ranks)
         self.held_out = build_loader(config.data, "val", seed=config.run.seed, **ranks)
         self.images_per_step = config.data.batch_size * config.optim.accumulate * accelerator.num_processes
-        self.tokenizer = Trained(Tokenizer(config.model), config.optim, accelerator, averaged=True)
+        tokenizer = Tokenizer(config.model)
+        tokenizer.checkpoint_activations(config.run.activation_checkpointing)
+        prepare(tokenizer, (tokenizer.encoder, tokenizer.decoder), config.run)
+        self.tokenizer = Trained(tokenizer, config.optim, accelerator, averaged=True)
         self.critic: Trained | None = None
         if has_discriminator(config.loss):
-            critic = PatchDiscriminator(
-                config.model.image_channels,
-                config.loss.discriminator_channels,
-                config.loss.discriminator_layers,
-            )
+            critic = build_discriminator(config, accelerator)
+            prepare(critic, (critic,), config.run)
             self.critic = Trained(critic, config.optim, accelerator, averaged=False)
         losses = config.loss if self.critic else replace(config.loss, adversarial="none")
         self.loss = TokenizerLoss(losses, perceptual or build_perceptual(config.perceptual, device)).to(
             device
         )
         self.usage = UsageWindow(config.model.quantizer.codebook_size, config.run.usage_window, device)
+        self.collapse = CollapseMonitor(tokenizer.quantizer)
+        self._last_image: Tensor | None = None
         self._batches: Iterator[Any] = self.data.forever()
 
     def record(self, run_dir: Path) -> None:
@@ -118,8 +128,17 @@ class TokenizerTask:
         return terms.values
 
     def figures(self) -> dict[str, float]:
-        counts = self.accelerator.reduce(self.usage.counts().clone(), "sum")
-        return {"lr": self.tokenizer.rate, **usage_figures(counts)}
+        bad = self.data.share_faults(gather_object)
+        counts = self._total(self.usage.counts())
+        logits: dict[str, float] = {}
+        if self._last_image is not None:
+            tokenizer: Any = self.tokenizer.bare.eval()
+            with torch.no_grad():
+                logits = self.collapse.logit_figures(tokenizer.features(self._last_image))
+            tokenizer.train()
+        if self.usage.finished and self.accelerator.is_main_process:
+            self.collapse.look(counts, logits)
+        return {"lr": self.tokenizer.rate, **usage_figures(counts), **logits, **bad}
 
     def evaluate(self) -> dict[str, float]:
         """``psnr`` (mean over images, on uint8), ``l1``, ``utilisation`` and ``perplexity`` on held-out
@@ -164,8 +183,8 @@ class TokenizerTask:
             "tokenizer": self.tokenizer.state(),
             **critic,
             "progress": {
-                "data": self.data.state_dict(),
-                "usage": self.usage.state_dict(),
+                "data": self.data.state_dict(gather_object),
+                "usage": self.usage.state_dict(self._total),
                 "loss": {"buffers": dict(self.loss.named_buffers(recurse=False))},
             },
         }
@@ -177,9 +196,24 @@ class TokenizerTask:
         progress = parts["progress"]
         self.data.load_state_dict(progress["data"])
         self._batches = self.data.forever()
-        self.usage.load_state_dict(progress["usage"])
+        self.usage.load_state_dict(progress["usage"], main=self.accelerator.is_main_process)
         for name, buffer in self.loss.named_buffers(recurse=False):
             buffer.copy_(progress["loss"]["buffers"][name])
+
+    def start_from(self, source: str) -> None:
+        """Take over the weights, and what else there is, of another tokenizer of these settings.
+
+        Raises ValueError, naming the weight, where they do not fit, and what ``load_snapshot`` raises.
+        """
+        from ibq_fast.checkpoint.snapshot import load_snapshot, with_codes_set
+
+        snapshot = load_snapshot(source, "tokenizer")
+        network = dict(snapshot.parts["tokenizer"])
+        network["model"] = with_codes_set(self.config.model, network["model"])
+        self.tokenizer.start_from(network, source, may_lack=self.config.model.quantizer.learned_scalars)
+        critic = snapshot.parts.get("discriminator")
+        if self.critic is not None and critic is not None:
+            self.critic.start_from(critic, source)
 
     def export(self, run_dir: Path) -> Path:
         folder = run_dir / "tokenizer"
@@ -205,7 +239,15 @@ class TokenizerTask:
         critic.apply()
 
     def _next(self) -> Tensor:
-        return to_float(next(self._batches).images.to(self.accelerator.device, non_blocking=True))
+        images = to_float(next(self._batches).images.to(self.accelerator.device, non_blocking=True))
+        self._last_image = images[:1]
+        if self.config.run.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images
+
+    def _total(self, counts: Tensor) -> Tensor:
+        """The sum over processes; ``counts`` stays as it is."""
+        return self.accelerator.reduce(counts.clone(), "sum")
 
     def _last_layer(self) -> nn.Parameter:
         return self.tokenizer.bare.last_layer  # type: ignore[return-value]
@@ -230,6 +272,26 @@ class _Terms:
         for name, term in terms.items():
             part = term.detach().float() * self._share
             self.values[name] = self.values[name] + part if name in self.values else part
+
+
+def build_discriminator(config: TokenizerRun, accelerator: Accelerator) -> nn.Module:
+    """The discriminator, its batch norms synchronised if ``config.loss.discriminator_norm`` says so.
+
+    Raises ValueError where the processes' backend cannot: torch has no such batch norm on the CPU.
+    """
+    loss = config.loss
+    critic = PatchDiscriminator(
+        config.model.image_channels, loss.discriminator_channels, loss.discriminator_layers
+    )
+    if loss.discriminator_norm == "device" or accelerator.num_processes == 1:
+        return critic
+    if accelerator.device.type == "cpu":
+        raise ValueError(
+            'loss.discriminator_norm: expected "device" on the CPU (with gloo), where torch has no '
+            f"synchronised batch norm, got {loss.discriminator_norm!r}"
+        )
+    synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(critic)
+    return synchronised
 
 
 def has_discriminator(config: LossConfig) -> bool:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ibq_fast.checkpoint.pretrained import check_weights
 from ibq_fast.train.ema import WeightAverage
-from ibq_fast.train.optimizer import OptimConfig, build_optimizer, set_rates
+from ibq_fast.train.optimizer import (
+    OptimConfig,
+    build_optimizer,
+    load_moments,
+    moments_by_name,
+    set_rates,
+)
 
 
 class Trained:
@@ -30,7 +38,9 @@ class Trained:
         )
         self.bare: nn.Module = accelerator.unwrap_model(self.module)
         self.average = (
-            WeightAverage(self.bare, config.ema_decay) if averaged and config.ema_decay > 0 else None
+            WeightAverage(self.bare, config.ema_decay, on_cpu=config.ema_on_cpu)
+            if averaged and config.ema_decay > 0
+            else None
         )
         self.rate = config.lr
 
@@ -76,18 +86,36 @@ class Trained:
         scaler = self._accelerator.scaler
         return {
             "model": self.bare.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": moments_by_name(self._optimizer, self.bare),
             "ema": None if self.average is None else self.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
+    def start_from(self, state: Mapping[str, Any], source: str, may_lack: Collection[str] = ()) -> None:
+        """Load another run's or a published model's state as the beginning of this one.
+
+        Raises ValueError, naming ``source`` and the weight, where it does not fit. Weights in ``may_lack``
+        keep their own values where the state has none; an optimizer or average it lacks starts afresh.
+        """
+        own = self.bare.state_dict()
+        model = {**{name: own[name] for name in may_lack}, **state["model"]}
+        check_weights(own, model, Path(source))
+        ema = state["ema"]
+        if ema is not None and ema["average"]:
+            ema = {**ema, "average": {**{name: own[name] for name in may_lack}, **ema["average"]}}
+        self.load_state({**state, "model": model, "ema": ema, "scaler": None})
+
     def load_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the state does not fit the module."""
+        """Raises ValueError where the state does not fit the module.
+
+        A state from elsewhere may lack the optimizer or the average (None): they start afresh.
+        """
         try:
             self.bare.load_state_dict(state["model"])
         except RuntimeError as error:
             raise ValueError(f"checkpoint: expected weights of this config's model: {error}") from error
-        self._optimizer.load_state_dict(state["optimizer"])
+        if state["optimizer"] is not None:
+            load_moments(self._optimizer, self.bare, state["optimizer"])
         if self.average is not None and state["ema"] is not None:
             self.average.load_state_dict(state["ema"])
         if self._accelerator.scaler is not None and state["scaler"]:

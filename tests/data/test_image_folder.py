@@ -210,7 +210,7 @@ UNUSABLE_CONFIGS = {
     "no root": ({}, "train", "root: expected a folder of class folders for kind image_folder, got none"),
     "no held-out": ({"root": "."}, "val", "val_root: expected it, or val_fraction, for held-out images"),
     "two held-out": ({"val_root": "a", "val_fraction": 0.1}, "val", "val_root: expected no val_fraction"),
-    "kind": ({"kind": "webdataset"}, "train", 'kind: expected "fashion_mnist" or "image_folder"'),
+    "kind": ({"kind": "tfrecord"}, "train", 'kind: expected "fashion_mnist", "image_folder" or "shards"'),
     "channels": ({"channels": 4}, "train", "channels: expected 1 or 3, got 4"),
     "batch_size": ({"batch_size": 0}, "train", "batch_size: expected at least 1, got 0"),
     "num_workers": ({"num_workers": -1}, "train", "num_workers: expected at least 0, got -1"),
