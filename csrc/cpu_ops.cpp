@@ -131,12 +131,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> straight_through_select(Tenso
 
 std::tuple<Tensor, Tensor, Tensor> gradients(const Operands& in, cpu::Backward& args) {
   const int64_t n = in.problem.n, k = in.problem.k, d = in.problem.d;
-  Tensor grad_z = new_of(in.z, {n, d}, ScalarType::Float);
-  Tensor grad_codebook = large_empty(k, d, ScalarType::Float);
+  Tensor grad_z = new_of(in.z, {n, d}, in.z.scalar_type());
+  Tensor grad_codebook = large_empty(k, d, in.z.scalar_type());
   Tensor grad_bias = new_of(in.z, {in.bias ? k : 0}, ScalarType::Float);
   if (n > 0) {
-    args.grad_z = data<float>(grad_z);
-    args.grad_codebook = data<float>(grad_codebook);
+    args.grad_z = grad_z.mutable_data_ptr();
+    args.grad_codebook = grad_codebook.mutable_data_ptr();
     args.grad_bias = in.bias ? data<float>(grad_bias) : nullptr;
     check_memory(kernels().backward(in.problem, args, torch_parallel()));
   } else {
@@ -154,7 +154,7 @@ void scatter_add(const Operands& in, const Tensor& grad_z_q, const Tensor& grad_
   for (int64_t i = 0; i < n; ++i)
     STD_TORCH_CHECK(at[i] >= 0 && at[i] < k, "indices: expected values in [0, ", k, "), got ", at[i]);
   cpu::scatter_add_rows(in.problem.dtype, grad_z_q.const_data_ptr(), grad_codes.const_data_ptr(), at, n, k,
-                        in.problem.d, data<float>(grad_codebook), torch_parallel());
+                        in.problem.d, grad_codebook.mutable_data_ptr(), torch_parallel());
 }
 
 std::tuple<Tensor, Tensor, Tensor> straight_through_select_backward(Tensor grad_z_q, Tensor grad_codes,
@@ -180,8 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> straight_through_select_backward(Tensor grad_
   args.readout = static_cast<const float*>(readout.const_data_ptr());
   auto [grad_z, grad_codebook, grad_bias] = gradients(in, args);
   scatter_add(in, grad_z_q, grad_codes, indices, grad_codebook);
-  return {torch::stable::to(grad_z, z.scalar_type()), torch::stable::to(grad_codebook, z.scalar_type()),
-          grad_bias};
+  return {grad_z, grad_codebook, grad_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> softmax_statistics(Tensor z, Tensor codebook, std::optional<Tensor> bias,
@@ -227,9 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_statistics_backward(Tensor grad_row_e
   args.row_entropy = static_cast<const float*>(row_entropy.const_data_ptr());
   args.grad_row_entropy = static_cast<const float*>(grad_row_entropy.const_data_ptr());
   args.grad_mean_prob = static_cast<const float*>(grad_mean_prob.const_data_ptr());
-  auto [grad_z, grad_codebook, grad_bias] = gradients(in, args);
-  return {torch::stable::to(grad_z, z.scalar_type()), torch::stable::to(grad_codebook, z.scalar_type()),
-          grad_bias};
+  return gradients(in, args);
 }
 
 // Both groups in one sweep: the training step's forward.
@@ -306,8 +303,7 @@ std::tuple<Tensor, Tensor, Tensor> index_backprop_backward(
   args.tile_bound = tiles > 0 ? static_cast<const float*>(tile_bound.const_data_ptr()) : nullptr;
   auto [grad_z, grad_codebook, grad_bias] = gradients(in, args);
   scatter_add(in, grad_z_q, grad_codes, indices, grad_codebook);
-  return {torch::stable::to(grad_z, z.scalar_type()), torch::stable::to(grad_codebook, z.scalar_type()),
-          grad_bias};
+  return {grad_z, grad_codebook, grad_bias};
 }
 
 // The arguments both directions of the cross entropy share; `targets` keeps the tensor alive.

@@ -34,7 +34,8 @@ struct BackwardContext {
   float* centered = nullptr;
   Winner* winners = nullptr;    // [2][code_tasks][chunk]
   float* grad_z = nullptr;      // [code_tasks][chunk][padded]
-  float* grad_codes = nullptr;  // [row_tasks][k][d] when row_tasks > 1, else the output itself
+  float* grad_codes = nullptr;  // [row_tasks][k][d] where parts of dE are added up before they are rounded to
+                                // the output, else null
   float* grad_bias = nullptr;   // [row_tasks][k]
   float* scratch = nullptr;     // per task
   int64_t scratch_stride = 0;
@@ -145,41 +146,6 @@ IBQ_INLINE void logit_gradient_row(const BackwardContext& c, int64_t r, int64_t 
   if (kEntropy) entropy->others += horizontal_sum(entropy_sum);
 }
 
-// d(-norm_weight |E|^2) of one code, given the column sum of its dS.
-inline void add_norm_gradient(const BackwardContext& c, int64_t code, float bias_grad, float* out) {
-  add_scaled_row(c.problem.dtype, c.problem.codebook, code, c.plan.d,
-                 -2.0f * c.problem.norm_weight * bias_grad, out);
-}
-
-// Adds the winners' dS: dz of the rows [row0, row1), or dE and dbias of the codes [code0, code1).
-inline void spend_winners(const BackwardContext& c, int64_t row0, int64_t row1, int64_t code0, int64_t code1,
-                          bool to_z) {
-  const Plan& plan = c.plan;
-  const Problem& p = c.problem;
-  auto spend = [&](const Winner* group, int64_t r) {
-    int64_t code = -1;
-    double others = 0;
-    for (int t = 0; t < plan.code_tasks; ++t) {
-      const Winner& w = group[(int64_t)t * plan.chunk + r];
-      others += w.others;
-      if (w.code >= 0) code = w.code;
-    }
-    if (code < code0 || code >= code1) return;
-    const float ds = (float)-others, scaled = p.scale * ds;
-    if (to_z) {
-      add_scaled_row(p.dtype, p.codebook, code, plan.d, scaled, c.in.grad_z + (c.row + r) * plan.d);
-    } else {
-      add_scaled_row(p.dtype, p.z, c.row + r, plan.d, scaled, c.grad_codes + code * plan.d);
-      if (p.norm_weight != 0.0f) add_norm_gradient(c, code, ds, c.grad_codes + code * plan.d);
-      if (c.grad_bias) c.grad_bias[code] += ds;
-    }
-  };
-  for (int64_t r = row0; r < row1; ++r) {
-    if (c.in.grad_z_q) spend(c.winners, r);
-    if (c.in.row_entropy) spend(c.winners + (int64_t)plan.code_tasks * plan.chunk, r);
-  }
-}
-
 // dE += dS^T z for the rows [r0, r1) of a group, whose dS stands in `logits` ([kGroup][kBlock]).
 template <bool kPairs>
 void spend_run(const BackwardContext& c, const Block& block, const float* logits, int64_t group, int64_t r0,
@@ -196,6 +162,26 @@ IBQ_INLINE Matters row_matters(const BackwardContext& c, int64_t r, const float*
   const int64_t row = c.row + r;
   return {kSelect && !negligible(maxima, (float)c.in.lse[row], gap),
           kEntropy && !negligible(maxima * set1(1.0f / c.in.temperature), (float)c.in.lse_tau[row], gap)};
+}
+
+// A block's dE into the output or its part, at element `at`; overwrites block_grad where norms count.
+template <DType T>
+void write_block(const Problem& p, const Block& block, int64_t padded, const float* bias_grad, bool add,
+                 float* block_grad, void* out, int64_t at) {
+  for (int64_t j = 0; j < block.codes; ++j, at += p.d) {
+    float* from = block_grad + j * padded;
+    float scale = p.scale;
+    if (p.norm_weight != 0.0f) {  // d(-norm_weight |E|^2), given the column sum of dS
+      for (int64_t e = 0; e < p.d; ++e) from[e] *= scale;
+      add_scaled_row(p.dtype, p.codebook, block.code0 + j, p.d, -2.0f * p.norm_weight * bias_grad[j], from);
+      scale = 1.0f;
+    }
+    for (int64_t e = 0; e < p.d; e += kWidth) {
+      F sum = load(from + e) * set1(scale);
+      if (add) sum += load_live<T>(out, at + e, p.d - e);
+      store_narrow<T>(out, at + e, sum, p.d - e);
+    }
+  }
 }
 
 template <bool kPairs, bool kSelect, bool kEntropy>
@@ -220,11 +206,15 @@ void backward_task(const BackwardContext& c, int task) {
   Winner* entropy = select + (int64_t)plan.code_tasks * plan.chunk;
   for (int64_t r = range.row0; r < range.row1; ++r) select[r] = entropy[r] = {-1, 0.0};
 
-  float* part = c.grad_codes + (int64_t)range.row_task * plan.k * plan.d;
+  // Where dE goes: the parts or the output.
+  const DType out_type = c.grad_codes ? DType::kFloat32 : c.problem.dtype;
+  void* out = c.grad_codes ? static_cast<void*>(c.grad_codes) : c.in.grad_codebook;
   for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
-    float* out = part + code0 * plan.d;
+    const int64_t at = ((int64_t)range.row_task * plan.k + code0) * plan.d;  // in elements
     if (!c.any_live<kSelect, kEntropy>(range.row0, range.row1, code0, gap)) {
-      if (c.row == 0) memset(out, 0, sizeof(float) * min_of(kBlock, range.code1 - code0) * plan.d);
+      if (c.row == 0)
+        memset(static_cast<char*>(out) + at * element_bytes(out_type), 0,
+               element_bytes(out_type) * min_of(kBlock, range.code1 - code0) * plan.d);
       continue;
     }
     const Block block = load_block<kPairs>(c.problem, plan, code0, range.code1, packed, rows_scratch, bias);
@@ -272,121 +262,12 @@ void backward_task(const BackwardContext& c, int task) {
       if (run >= 0) spend_run<kPairs>(c, block, logits, group, run, group_end, block_grad);
     }
     // The first chunk writes: a gradient as large as the codebook is swept once, by the thread that owns it.
-    for (int64_t j = 0; j < block.codes; ++j) {
-      const float* from = block_grad + j * plan.padded;
-      float* to = out + j * plan.d;
-      if (c.row == 0)
-        for (int64_t e = 0; e < plan.d; ++e) to[e] = c.problem.scale * from[e];
-      else
-        for (int64_t e = 0; e < plan.d; ++e) to[e] += c.problem.scale * from[e];
-    }
-    if (c.problem.norm_weight != 0.0f)
-      for (int64_t j = 0; j < block.codes; ++j)
-        add_norm_gradient(c, code0 + j, bias_grad[j], out + j * plan.d);
+    for_dtype(out_type, [&](auto t) {
+      write_block<decltype(t)::value>(c.problem, block, plan.padded, bias_grad, c.row > 0, block_grad, out,
+                                      at);
+    });
     if (c.grad_bias)
       for (int64_t j = 0; j < block.codes; ++j)
         c.grad_bias[range.row_task * plan.k + code0 + j] += bias_grad[j];
   }
-}
-
-// delta_i = g_i . o_i of the chunk's rows.
-inline void fill_delta(const BackwardContext& c, int64_t r0, int64_t r1, float* scratch_row) {
-  for (int64_t r = r0; r < r1; ++r) {
-    const float* g =
-        widen_rows(c.problem.dtype, c.in.grad_z_q, c.row + r, 1, c.plan.d, c.plan.padded, scratch_row);
-    const float* o = c.in.readout + (c.row + r) * c.plan.d;
-    double dot = 0;
-    for (int64_t j = 0; j < c.plan.d; ++j) dot += (double)g[j] * o[j];
-    c.delta[r] = (float)dot;
-  }
-}
-
-// Adds the parts [parts][count] up into out, a task for each slice.
-inline void reduce_parts(const float* parts, int count_of_parts, int64_t stride, int64_t count, float* out,
-                         const Parallel& parallel) {
-  const int tasks = (int)min_of(parallel.threads, count);
-  run_tasks(parallel, tasks, [&](int t) {
-    for (int64_t i = count * t / tasks; i < count * (t + 1) / tasks; ++i) {
-      float sum = parts[i];
-      for (int q = 1; q < count_of_parts; ++q) sum += parts[q * stride + i];
-      out[i] = sum;
-    }
-  });
-}
-
-template <bool kPairs, bool kSelect, bool kEntropy>
-bool run_backward(const Problem& p, const Backward& in, const Parallel& parallel) {
-  const Plan plan(p, parallel.threads);
-  Workspace workspace;
-  BackwardContext c{p, in, plan};
-  tile_grid(plan.n, plan.k, &c.call_tiles, &c.blocks);
-  c.bound = c.blocks > 0 && p.dropped_mass > 0 ? in.tile_bound : nullptr;
-  c.scratch_stride = round_up(
-      kBlock * words<kPairs>(plan.d) + kBlock + (kGroup + kMR) * kBlock + 2 * kBlock * plan.padded, 16);
-  const bool split_rows = plan.row_tasks > 1;
-  float* widened = nullptr;
-  float* row_scratch = nullptr;
-  workspace.add(&c.tiles, plan.chunk * words<kPairs>(plan.d));
-  workspace.add(&c.scratch, c.scratch_stride * plan.tasks());
-  workspace.add(&c.grad_z, plan.code_tasks * plan.chunk * plan.padded);
-  workspace.add(&widened, plan.chunk * plan.padded);
-  if (kSelect) {
-    workspace.add(&c.cotangents, plan.chunk * words<kPairs>(plan.d));
-    workspace.add(&c.delta, plan.chunk);
-    workspace.add(&row_scratch, plan.padded * parallel.threads);
-  }
-  if (kEntropy) {
-    workspace.add(&c.row_dot, plan.code_tasks * plan.chunk);
-    workspace.add(&c.centered, plan.k);
-  }
-  workspace.add(&c.winners, 2 * plan.code_tasks * plan.chunk);
-  if (split_rows) workspace.add(&c.grad_codes, plan.row_tasks * plan.k * plan.d);
-  if (in.grad_bias) workspace.add(&c.grad_bias, plan.row_tasks * plan.k);
-  if (!workspace.allocate()) return false;
-  if (kEntropy) {
-    double sum = 0;
-    for (int64_t j = 0; j < plan.k; ++j) sum += in.grad_mean_prob[j];
-    const double mean = sum / (double)plan.k;
-    for (int64_t j = 0; j < plan.k; ++j) c.centered[j] = (float)(in.grad_mean_prob[j] - mean);
-  }
-  if (!split_rows) c.grad_codes = in.grad_codebook;
-  if (c.grad_bias) memset(c.grad_bias, 0, sizeof(float) * plan.row_tasks * plan.k);
-
-  for (c.row = 0; c.row < plan.n; c.row += plan.chunk) {
-    c.chunk_rows = min_of(plan.chunk, plan.n - c.row);
-    pack_row_tiles<kPairs>(p, p.z, c.row, c.chunk_rows, c.tiles, parallel);
-    if (kSelect) {
-      pack_row_tiles<kPairs>(p, in.grad_z_q, c.row, c.chunk_rows, c.cotangents, parallel);
-      const int tasks = (int)min_of(parallel.threads, c.chunk_rows);
-      run_tasks(parallel, tasks, [&](int t) {
-        fill_delta(c, c.chunk_rows * t / tasks, c.chunk_rows * (t + 1) / tasks,
-                   row_scratch + t * plan.padded);
-      });
-    }
-    c.z_rows = rows_operand<kPairs>(p.dtype, p.z, c.row, c.chunk_rows, plan.d, plan.padded, widened);
-    if (kEntropy) run_tasks(parallel, plan.tasks(), [&](int t) { row_dot_task<kPairs>(c, t); });
-    run_tasks(parallel, plan.tasks(), [&](int t) { backward_task<kPairs, kSelect, kEntropy>(c, t); });
-    const int tasks = (int)min_of(parallel.threads, c.chunk_rows);
-    run_tasks(parallel, tasks, [&](int t) {
-      for (int64_t r = c.chunk_rows * t / tasks; r < c.chunk_rows * (t + 1) / tasks; ++r)
-        for (int64_t j = 0; j < plan.d; ++j) {
-          float sum = 0;
-          for (int q = 0; q < plan.code_tasks; ++q)
-            sum += c.grad_z[((int64_t)q * plan.chunk + r) * plan.padded + j];
-          in.grad_z[(c.row + r) * plan.d + j] = p.scale * sum;
-        }
-    });
-    run_tasks(parallel, tasks, [&](int t) {
-      spend_winners(c, c.chunk_rows * t / tasks, c.chunk_rows * (t + 1) / tasks, 0, plan.k, true);
-    });
-    // into row task 0's part of dE where rows are split: it is added to the others below
-    const int owners = (int)min_of(parallel.threads, plan.k);
-    run_tasks(parallel, owners, [&](int t) {
-      spend_winners(c, 0, c.chunk_rows, plan.k * t / owners, plan.k * (t + 1) / owners, false);
-    });
-  }
-  if (split_rows)
-    reduce_parts(c.grad_codes, plan.row_tasks, plan.k * plan.d, plan.k * plan.d, in.grad_codebook, parallel);
-  if (in.grad_bias) reduce_parts(c.grad_bias, plan.row_tasks, plan.k, plan.k, in.grad_bias, parallel);
-  return true;
 }

@@ -68,9 +68,9 @@ struct Forward {
 //   select group (grad_z_q given): dS = P (g_i . E_j - g_i . o_i), P = softmax(S)
 //   entropy group (row_entropy given): dS = p/tau [ -a_i (log p + H_i) + (c_j - sum_k p_ik c_k) / N ], p =
 //   softmax(S/tau)
-// grad_z [N, D], grad_codebook [K, D] and grad_bias [K] (or null) are float32 and overwritten; the hard
-// path's scatter-add into grad_codebook is scatter_add_rows. Cost per group: select S, G, dz, dE = 8NKD;
-// entropy S, S, dz, dE = 8NKD; both: 10NKD.
+// grad_z [N, D] and grad_codebook [K, D], of the problem's dtype, and grad_bias [K] float32 (or null) are
+// overwritten; sums are float32. The hard path's scatter-add into grad_codebook is scatter_add_rows. Cost per
+// group: select S, G, dz, dE = 8NKD; entropy S, S, dz, dE = 8NKD; both: 10NKD.
 struct Backward {
   const void* grad_z_q = nullptr;  // [N, D], dtype of the problem
   const double* lse = nullptr;
@@ -81,8 +81,8 @@ struct Backward {
   const float* grad_row_entropy = nullptr;  // [N]
   const float* grad_mean_prob = nullptr;    // [K]
   const float* tile_bound = nullptr;        // as the forward left it, or null
-  float* grad_z = nullptr;
-  float* grad_codebook = nullptr;
+  void* grad_z = nullptr;
+  void* grad_codebook = nullptr;
   float* grad_bias = nullptr;
 };
 
@@ -112,10 +112,11 @@ const Kernels* kernels_named(const char* name);
 void gather_rows(const void* table, const int64_t* indices, int64_t n, int64_t row_bytes, void* dst,
                  const Parallel&);
 
-// grad_codebook[indices[i]] += a[i] + b[i] in float32; a, b [N, D] of `dtype`, either may be null.
-// Each code is owned by one task, rows are added in order: deterministic for any thread count.
+// grad_codebook[indices[i]] += a[i] + b[i]; all of `dtype`, a, b [N, D], either may be null. A code's rows
+// are added up in float32, in order, and rounded once; each code is owned by one task: deterministic for any
+// thread count.
 void scatter_add_rows(DType dtype, const void* a, const void* b, const int64_t* indices, int64_t n, int64_t k,
-                      int64_t d, float* grad_codebook, const Parallel&);
+                      int64_t d, void* grad_codebook, const Parallel&);
 
 // counts[j] = number of i with indices[i] == j. Returns the position of the first index outside [0, k), or
 // -1.

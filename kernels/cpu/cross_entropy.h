@@ -310,20 +310,6 @@ void write_row(const CrossEntropyContext& c, int64_t r, void* out) {
   }
 }
 
-// dW = the row tasks' parts added up, in order.
-template <DType T>
-void reduce_codes(const float* parts, int count_of_parts, int64_t count, void* out,
-                  const Parallel& parallel) {
-  const int tasks = (int)min_of(parallel.threads, count);
-  run_tasks(parallel, tasks, [&](int t) {
-    for (int64_t i = count * t / tasks; i < count * (t + 1) / tasks; ++i) {
-      float sum = parts[i];
-      for (int q = 1; q < count_of_parts; ++q) sum += parts[q * count + i];
-      store_element<T>(out, i, sum);
-    }
-  });
-}
-
 template <bool kPairs>
 bool run_cross_entropy_backward(const Problem& p, const CrossEntropyBackward& in, const Parallel& parallel) {
   if (p.n > 0) memset(in.grad_hidden, 0, element_bytes(p.dtype) * p.n * p.d);
@@ -377,9 +363,10 @@ bool run_cross_entropy_backward(const Problem& p, const CrossEntropyBackward& in
   }
   if (apart)
     for_dtype(p.dtype, [&](auto t) {
-      reduce_codes<decltype(t)::value>(c.grad_codes, plan.row_tasks, plan.k * plan.d, in.grad_head, parallel);
+      reduce_parts<decltype(t)::value>(c.grad_codes, plan.row_tasks, plan.k * plan.d, in.grad_head, parallel);
     });
-  if (in.grad_bias) reduce_parts(c.grad_bias, plan.row_tasks, plan.k, plan.k, in.grad_bias, parallel);
+  if (in.grad_bias)
+    reduce_parts<DType::kFloat32>(c.grad_bias, plan.row_tasks, plan.k, in.grad_bias, parallel);
   return true;
 }
 

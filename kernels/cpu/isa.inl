@@ -18,13 +18,14 @@ namespace {
 #include "kernels/cpu/simd.h"
 // clang-format off: order matters
 #include "kernels/cpu/pack.h"
+#include "kernels/cpu/narrow.h"
 #include "kernels/cpu/tile.h"
 #include "kernels/cpu/plan.h"
 #include "kernels/cpu/forward.h"
 #include "kernels/cpu/exact_search.h"
 #include "kernels/cpu/backward.h"
+#include "kernels/cpu/run_backward.h"
 #include "kernels/cpu/entry.h"
-#include "kernels/cpu/narrow.h"
 #include "kernels/cpu/group_tile.h"
 #include "kernels/cpu/cross_entropy.h"
 // clang-format on

@@ -2,7 +2,6 @@
 #pragma once
 
 IBQ_INLINE int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
-IBQ_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Codebooks from this size on keep per-tile bounds: below it there is little to skip, and tasks may then cut
 // the codebook anywhere instead of between blocks.

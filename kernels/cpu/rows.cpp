@@ -14,6 +14,7 @@ namespace {
 #include "kernels/cpu/simd.h"
 // clang-format off: order matters
 #include "kernels/cpu/pack.h"
+#include "kernels/cpu/narrow.h"
 // clang-format on
 
 template <typename Body>
@@ -38,15 +39,26 @@ void gather_rows(const void* table, const int64_t* indices, int64_t n, int64_t r
 }
 
 void scatter_add_rows(DType dtype, const void* a, const void* b, const int64_t* indices, int64_t n, int64_t k,
-                      int64_t d, float* grad_codebook, const Parallel& parallel) {
+                      int64_t d, void* grad_codebook, const Parallel& parallel) {
   const int tasks = static_cast<int>(std::min<int64_t>(parallel.threads, k));
   run_tasks(parallel, tasks, [&](int t) {
     const int64_t first = k * t / tasks, last = k * (t + 1) / tasks;
-    for (int64_t i = 0; i < n; ++i) {
-      if (indices[i] < first || indices[i] >= last) continue;
-      float* out = grad_codebook + indices[i] * d;
-      if (a) add_scaled_row(dtype, a, i, d, 1.0f, out);
-      if (b) add_scaled_row(dtype, b, i, d, 1.0f, out);
+    std::vector<int64_t> rows;  // this task's, by code, then in order
+    for (int64_t i = 0; i < n; ++i)
+      if (indices[i] >= first && indices[i] < last) rows.push_back(i);
+    std::stable_sort(rows.begin(), rows.end(), [&](int64_t x, int64_t y) { return indices[x] < indices[y]; });
+    std::vector<float> sum(d + kWidth);
+    for (size_t i = 0; i < rows.size();) {
+      const int64_t code = indices[rows[i]], at = code * d;
+      for_dtype(dtype, [&](auto type) {
+        constexpr DType T = decltype(type)::value;
+        for (int64_t e = 0; e < d; e += kWidth) store(&sum[e], load_live<T>(grad_codebook, at + e, d - e));
+        for (; i < rows.size() && indices[rows[i]] == code; ++i) {
+          if (a) add_scaled_row_of<T>(a, rows[i], d, 1.0f, sum.data());
+          if (b) add_scaled_row_of<T>(b, rows[i], d, 1.0f, sum.data());
+        }
+        for (int64_t e = 0; e < d; e += kWidth) store_narrow<T>(grad_codebook, at + e, load(&sum[e]), d - e);
+      });
     }
   });
 }

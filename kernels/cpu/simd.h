@@ -35,6 +35,8 @@ IBQ_INLINE I iota() {
   return v;
 }
 
+IBQ_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Whether any lane of a is greater than b's.
 IBQ_INLINE bool any_greater(F a, F b) {
 #if defined(__AVX512F__)
