@@ -38,6 +38,8 @@ class RunConfig:
             as lost and this one stops (0: never).
         collective_minutes: longest wait of one process for another, such as for the encoding of a data set.
         mixed_precision: what matrix products and convolutions are computed in.
+        fsdp: spread weights, averages and optimizer state over the processes (generator), for models that do
+            not fit one device.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations on held-out data (0: only at the end).
         sample_every: steps between picture grids (0: only at the end).
@@ -58,6 +60,7 @@ class RunConfig:
     peer_timeout: float = 40.0
     collective_minutes: float = 240.0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    fsdp: bool = False
     log_every: int = 50
     eval_every: int = 1000
     sample_every: int = 1000

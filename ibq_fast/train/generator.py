@@ -63,7 +63,9 @@ class GeneratorTask:
             world_size=accelerator.num_processes,
         )
         self.images_per_step = self.sampler.global_batch * config.optim.accumulate
-        self.generator = Trained(_Loss(Generator(config.model)), config.optim, accelerator, averaged=True)
+        model = _Loss(Generator(config.model))
+        parts = list[nn.Module](model.generator.blocks) if config.run.fsdp else None
+        self.generator = Trained(model, config.optim, accelerator, averaged=True, sharded=parts)
 
     def record(self, run_dir: Path) -> None:
         dump_config(self.config, run_dir / "config.yaml")
@@ -98,11 +100,13 @@ class GeneratorTask:
         mean = total / max(last, 1)
         return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
 
-    def picture(self) -> tuple[str, Tensor]:
+    def picture(self) -> tuple[str, Tensor] | None:
         """The first images of the run's seed, classes in turn."""
         classes = torch.arange(self.config.run.pictures) % len(self.train_tokens.classes)
         drawn = self.config.sample
-        with self.generator.evaluating() as model:
+        with self.generator.exporting() as model:
+            if model is None:
+                return None
             tokens = _bare(model).sample(
                 classes.to(self.accelerator.device),
                 cfg_scale=drawn.cfg_scale,
@@ -125,8 +129,8 @@ class GeneratorTask:
 
     def export(self, run_dir: Path) -> Path:
         folder = run_dir / "generator"
-        with self.generator.evaluating() as model:
-            if self.accelerator.is_main_process:
+        with self.generator.exporting() as model:
+            if model is not None:
                 _bare(model).save_pretrained(folder)
         self.accelerator.wait_for_everyone()
         return folder

@@ -15,7 +15,7 @@ from ranks import exit_codes, run_ranks, start_ranks
 
 from ibq_fast.checkpoint.training import latest_checkpoint, load_checkpoint
 from ibq_fast.quantizer import IndexBackpropQuantizer
-from ibq_fast.train import TokenizerRun, read_metrics
+from ibq_fast.train import GeneratorRun, TokenizerRun, read_metrics, train_generator, train_tokenizer
 from ibq_fast.train.__main__ import main
 from ibq_fast.train.config import dump_config
 from ibq_fast.train.peers import EXIT_CODE
@@ -242,3 +242,58 @@ def test_shards_through_the_command_line(tokenizer_run: TokenizerRun, tmp_path: 
         assert parts["step"] == steps
         assert len(parts["progress"]["data"]["lanes"]) == world * max(workers, 1)
     assert read_metrics(tmp_path / "run", "train")[4]["bad_images"] == 4
+
+
+@pytest.mark.parametrize("optim", [{}, {"accumulate": 3, "ema_decay": 0.0}])
+def test_sharded_weights_train_as_whole_ones(
+    optim: dict[str, Any], generator_run: GeneratorRun, tmp_path: Path
+) -> None:
+    config = replace(
+        generator_run,
+        run=replace(generator_run.run, steps=6, save_every=3, log_every=1, sample_every=3),
+        data=replace(generator_run.data, batch_size=1),
+        cache="memory",
+        optim=replace(generator_run.optim, eps=1e-5, **optim),
+        model=replace(
+            generator_run.model,
+            **dict.fromkeys(("class_dropout", "token_dropout", "residual_dropout", "mlp_dropout"), 0.0),
+        ),
+    )
+    states = {}
+    for world, fsdp in ((1, False), (2, True)):
+        folder = tmp_path / f"fsdp {fsdp}"
+        run = replace(config.run, dir=str(folder), fsdp=fsdp)
+        given = replace(config, run=run, data=replace(config.data, batch_size=2 // world))
+        dump_config(given, tmp_path / "given.yaml")
+        run_ranks(world, main, ["generator", f"--config={tmp_path / 'given.yaml'}"])
+        newest = latest_checkpoint(folder / "checkpoints")
+        assert newest is not None
+        states[fsdp] = load_checkpoint(newest)
+        assert (folder / "generator" / "model.safetensors").is_file()
+    one, sharded = states[False]["generator"], states[True]["generator"]
+    assert largest_difference(one["model"], sharded["model"]) <= 1e-5
+    if one["ema"] is not None:
+        assert largest_difference(one["ema"]["average"], sharded["ema"]["average"]) <= 1e-5
+    for index, entry in one["optimizer"]["state"].items():
+        assert largest_difference(entry, sharded["optimizer"]["state"][index]) <= 1e-4
+    # What was sharded over two goes on over three, and as whole weights in one process.
+    sizes = {1: 6, 3: 2}
+    resumed = {}
+    for world, batch in sizes.items():
+        folder = tmp_path / f"resumed {world}"
+        shutil.copytree(tmp_path / "fsdp True", folder)
+        run = replace(config.run, dir=str(folder), fsdp=world > 1, steps=8)
+        given = replace(config, run=run, data=replace(config.data, batch_size=batch))
+        dump_config(given, tmp_path / "given.yaml")
+        run_ranks(world, main, ["generator", f"--config={tmp_path / 'given.yaml'}", "--resume"])
+        newest = latest_checkpoint(folder / "checkpoints")
+        assert newest is not None
+        resumed[world] = load_checkpoint(newest)["generator"]["model"]
+    assert largest_difference(resumed[1], resumed[3]) <= 1e-5
+
+
+def test_what_cannot_be_sharded(tokenizer_run: TokenizerRun, generator_run: GeneratorRun) -> None:
+    with pytest.raises(ValueError, match=r"run\.fsdp: expected false for a tokenizer"):
+        train_tokenizer(replace(tokenizer_run, run=replace(tokenizer_run.run, fsdp=True)))
+    with pytest.raises(ValueError, match=r"run\.fsdp: expected several processes"):
+        train_generator(replace(generator_run, run=replace(generator_run.run, fsdp=True)))
