@@ -63,6 +63,7 @@ class GeneratorTask:
             world_size=accelerator.num_processes,
         )
         self.images_per_step = self.sampler.global_batch * config.optim.accumulate
+        self._position = (0, 0)  # epoch and step of the micro-batch that comes next
         model = _Loss(Generator(config.model))
         parts = list[nn.Module](model.generator.blocks) if config.run.fsdp else None
         self.generator = Trained(model, config.optim, accelerator, averaged=True, sharded=parts)
@@ -75,7 +76,7 @@ class GeneratorTask:
         self.generator.set_rates(step, progress, self.config.run.steps)
         total = torch.zeros((), device=self.accelerator.device)
         for i in range(config.accumulate):
-            tokens, labels = self._batch(step * config.accumulate + i)
+            tokens, labels = self._next()
             with self.generator.micro(i):
                 loss = self.generator.module(tokens, labels)
                 self.generator.backward(loss)
@@ -121,11 +122,12 @@ class GeneratorTask:
         return dict(_bare(self.generator.bare).named_parameters())
 
     def state(self) -> dict[str, Any]:
-        # The position in the data is the step itself: which images a step sees is a function of it.
-        return {"generator": self.generator.state()}
+        data = self.sampler.position_state(*self._position)
+        return {"generator": self.generator.state(), "progress": {"data": data}}
 
     def load_state(self, parts: Mapping[str, Any]) -> None:
         self.generator.load_state(parts["generator"])
+        self._position = self.sampler.restored_position(parts["progress"]["data"])
 
     def export(self, run_dir: Path) -> Path:
         folder = run_dir / "generator"
@@ -135,8 +137,9 @@ class GeneratorTask:
         self.accelerator.wait_for_everyone()
         return folder
 
-    def _batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
-        epoch, step = divmod(micro_step, len(self.sampler))
+    def _next(self) -> tuple[Tensor, Tensor]:
+        epoch, step = self._position
+        self._position = (epoch, step + 1) if step + 1 < len(self.sampler) else (epoch + 1, 0)
         tokens, labels = self.train_tokens.batch(epoch, self.sampler.batch(epoch, step), self.config.run.seed)
         device = self.accelerator.device
         return tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
