@@ -28,5 +28,9 @@ def build_accelerator(run: RunConfig) -> Accelerator:
     kind = accelerator.device.type
     if run.device not in ("auto", kind):
         raise ValueError(f"run.device: expected a machine with {run.device}, accelerate found only {kind}")
+    if run.fsdp and accelerator.num_processes == 1:
+        raise ValueError("run.fsdp: expected several processes (torchrun), got one")
+    if run.fsdp and run.mixed_precision == "fp16":
+        raise ValueError("run.mixed_precision: expected no or bf16 with run.fsdp, got fp16")
     set_seed(run.seed, device_specific=accelerator.num_processes > 1)
     return accelerator
