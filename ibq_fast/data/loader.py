@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,8 +15,6 @@ from ibq_fast.data.in_memory import InMemoryImages
 from ibq_fast.data.sampler import ResumableBatchSampler
 
 Gather = Callable[[list[Any]], list[Any]]  # joins the lists of all processes, on each of them
-
-_log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -115,28 +112,11 @@ class Loader:
 
         It is the same on all ranks: nothing has to be gathered.
         """
-        return {
-            **self._position._asdict(),
-            "seed": self.sampler.seed,
-            "size": self.sampler.size,
-            "global_batch": self.sampler.global_batch,
-        }
+        return self.sampler.position_state(*self._position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where ``state`` was taken.
-
-        With another number of images per step (say, on another number of processes) at the first step that
-        repeats none of the epoch's images. Says so in the log when the order of images is another one.
-        """
-        for name in ("seed", "size"):
-            here = getattr(self.sampler, name)
-            if state[name] != here:
-                _log.warning(
-                    "data: %s is %s, the checkpoint's %s: new order of images", name, here, state[name]
-                )
-        images = state["step"] * state["global_batch"]
-        step = -(-images // self.sampler.global_batch)
-        self.set_position(state["epoch"] + step // len(self), step % len(self))
+        """Continue where ``state`` was taken; see ``ResumableBatchSampler.restored_position``."""
+        self.set_position(*self.sampler.restored_position(state))
 
     def share_faults(self, gather: Gather) -> dict[str, float]:
         """Tell the other processes of a distributed run which images are bad; all call it together.

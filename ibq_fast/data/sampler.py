@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ibq_fast.data import counter
+
+_log = logging.getLogger(__name__)
 
 
 class ResumableBatchSampler:
@@ -80,6 +83,32 @@ class ResumableBatchSampler:
         """The rest of an epoch from ``step`` on."""
         for at in range(step, len(self)):
             yield self.batch(epoch, at)
+
+    def position_state(self, epoch: int, step: int) -> dict[str, int]:
+        """A position, and what it means: seed, number of images, images per step over all ranks."""
+        return {
+            "epoch": epoch,
+            "step": step,
+            "seed": self.seed,
+            "size": self.size,
+            "global_batch": self.global_batch,
+        }
+
+    def restored_position(self, state: Mapping[str, int]) -> tuple[int, int]:
+        """(epoch, step) where ``position_state`` was taken.
+
+        With another number of images per step (say, on another number of processes) the first step that
+        repeats none of the epoch's images: fewer than one step's images of the epoch are left out. Says so in
+        the log when the order of images is another one.
+        """
+        for name in ("seed", "size"):
+            here = getattr(self, name)
+            if state[name] != here:
+                _log.warning(
+                    "data: %s is %s, the checkpoint's %s: new order of images", name, here, state[name]
+                )
+        step = -(-state["step"] * state["global_batch"] // self.global_batch)
+        return state["epoch"] + step // len(self), step % len(self)
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self.shuffle:

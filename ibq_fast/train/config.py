@@ -48,6 +48,8 @@ class RunConfig:
         channels_last: images and convolutions in channels-last memory format (tokenizer).
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more
             time.
+        fsdp: spread weights, averages and optimizer state over the processes (generator), for models that do
+            not fit one device.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations on held-out data (0: only at the end).
         sample_every: steps between picture grids (0: only at the end).
@@ -73,6 +75,7 @@ class RunConfig:
     compile_backend: str = "inductor"
     channels_last: bool = False
     activation_checkpointing: bool = False
+    fsdp: bool = False
     log_every: int = 50
     eval_every: int = 1000
     sample_every: int = 1000

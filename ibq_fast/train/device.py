@@ -36,6 +36,10 @@ def build_accelerator(run: RunConfig) -> Accelerator:
         )
     waiting = InitProcessGroupKwargs(timeout=timeout)
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision(run, kind), kwargs_handlers=[waiting])
+    if run.fsdp and accelerator.num_processes == 1:
+        raise ValueError("run.fsdp: expected several processes (torchrun), got one")
+    if run.fsdp and accelerator.mixed_precision == "fp16":
+        raise ValueError("run.mixed_precision: expected no or bf16 with run.fsdp, got fp16")
     set_seed(run.seed, device_specific=accelerator.num_processes > 1)
     return accelerator
 

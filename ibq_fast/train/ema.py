@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ibq_fast.train.sharding import local
+
 
 class WeightAverage:
     """Averages ``module``'s trainable parameters: avg ← d·avg + (1−d)·weight, d = min(decay, (1+n)/(10+n)).
@@ -36,7 +38,7 @@ class WeightAverage:
             self._average = [p.detach().clone() for p in weights]
         else:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-            torch._foreach_lerp_(self._average, weights, 1 - decay)
+            torch._foreach_lerp_(local(self._average), local(weights), 1 - decay)
         self.updates += 1
 
     @contextmanager
@@ -47,11 +49,11 @@ class WeightAverage:
             yield
             return
         live = [p.detach().clone() for p in self._weights]
-        torch._foreach_copy_(self._weights, self._average)
+        torch._foreach_copy_(local(self._weights), local(self._average))
         try:
             yield
         finally:
-            torch._foreach_copy_(self._weights, live)
+            torch._foreach_copy_(local(self._weights), local(live))
 
     def state_dict(self) -> dict[str, Any]:
         average = dict(zip(self._names, self._average, strict=False))

@@ -67,10 +67,12 @@ class GeneratorTask:
             world_size=accelerator.num_processes,
         )
         self.images_per_step = self.sampler.global_batch * config.optim.accumulate
+        self._position = (0, 0)  # epoch and step of the micro-batch that comes next
         generator = Generator(config.model)
         generator.recompute = config.run.activation_checkpointing
         prepare(generator, generator.layers(), replace(config.run, channels_last=False))
-        self.generator = Trained(_Loss(generator), config.optim, accelerator, averaged=True)
+        parts = list[nn.Module](generator.blocks) if config.run.fsdp else None
+        self.generator = Trained(_Loss(generator), config.optim, accelerator, averaged=True, sharded=parts)
 
     def record(self, run_dir: Path) -> None:
         dump_config(self.config, run_dir / "config.yaml")
@@ -80,7 +82,7 @@ class GeneratorTask:
         self.generator.set_rates(step, progress, self.config.run.steps)
         total = torch.zeros((), device=self.accelerator.device)
         for i in range(config.accumulate):
-            tokens, labels = self._batch(step * config.accumulate + i)
+            tokens, labels = self._next()
             with self.generator.micro(i):
                 loss = self.generator.module(tokens, labels)
                 self.generator.backward(loss)
@@ -105,11 +107,13 @@ class GeneratorTask:
         mean = total / max(last, 1)
         return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
 
-    def picture(self) -> tuple[str, Tensor]:
+    def picture(self) -> tuple[str, Tensor] | None:
         """The first images of the run's seed, classes in turn."""
         classes = torch.arange(self.config.run.pictures) % len(self.train_tokens.classes)
         drawn = self.config.sample
-        with self.generator.evaluating() as model:
+        with self.generator.exporting() as model:
+            if model is None:
+                return None
             tokens = _bare(model).sample(
                 classes.to(self.accelerator.device),
                 cfg_scale=drawn.cfg_scale,
@@ -124,11 +128,12 @@ class GeneratorTask:
         return dict(_bare(self.generator.bare).named_parameters())
 
     def state(self) -> dict[str, Any]:
-        # The position in the data is the step itself: which images a step sees is a function of it.
-        return {"generator": self.generator.state()}
+        data = self.sampler.position_state(*self._position)
+        return {"generator": self.generator.state(), "progress": {"data": data}}
 
     def load_state(self, parts: Mapping[str, Any]) -> None:
         self.generator.load_state(parts["generator"])
+        self._position = self.sampler.restored_position(parts["progress"]["data"])
 
     def start_from(self, source: str) -> None:
         """Take over the weights, and what else there is, of another generator of these settings.
@@ -143,14 +148,15 @@ class GeneratorTask:
 
     def export(self, run_dir: Path) -> Path:
         folder = run_dir / "generator"
-        with self.generator.evaluating() as model:
-            if self.accelerator.is_main_process:
+        with self.generator.exporting() as model:
+            if model is not None:
                 _bare(model).save_pretrained(folder)
         self.accelerator.wait_for_everyone()
         return folder
 
-    def _batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
-        epoch, step = divmod(micro_step, len(self.sampler))
+    def _next(self) -> tuple[Tensor, Tensor]:
+        epoch, step = self._position
+        self._position = (epoch, step + 1) if step + 1 < len(self.sampler) else (epoch + 1, 0)
         tokens, labels = self.train_tokens.batch(epoch, self.sampler.batch(epoch, step), self.config.run.seed)
         device = self.accelerator.device
         return tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)

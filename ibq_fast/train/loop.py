@@ -51,8 +51,8 @@ class Task(Protocol):
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out data."""
 
-    def picture(self) -> tuple[str, torch.Tensor]:
-        """A name and a uint8 [C,H,W] grid; asked of the main process alone."""
+    def picture(self) -> tuple[str, torch.Tensor] | None:
+        """A name and a uint8 [C,H,W] grid, on the main process."""
 
     def parameters(self) -> Mapping[str, torch.Tensor]:
         """What must stay finite."""
@@ -195,11 +195,10 @@ class _Loop:
         self.reporter.say(f"held out, step {self.step}: {text}")
 
     def _picture(self) -> None:
-        if not self.accelerator.is_main_process:  # the others may have no held-out images at all
-            return
         with untouched_rng(self.accelerator.device), torch.no_grad():
-            name, grid = self.task.picture()
-        self.log.image(name, self.step, grid)
+            shown = self.task.picture()
+        if shown is not None:
+            self.log.image(shown[0], self.step, shown[1])
 
     def _save(self, *, must: bool) -> None:
         """Write a checkpoint; a full disk is a warning unless ``must``."""

@@ -42,6 +42,7 @@ class PeerWatch:
 
     def __init__(self, run: RunConfig) -> None:
         self._seconds = run.peer_timeout
+        self._pause = min(2.0, run.peer_timeout / 5)
         self._checkpoints = Path(run.dir) / "checkpoints"
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -81,6 +82,8 @@ class PeerWatch:
     def _tell(self, message: str) -> None:
         try:
             self._store.set(f"failed/{self._rank}", message)
+            if self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                time.sleep(self._pause + 0.5)  # the store ends with this process: they should hear it first
         except RuntimeError as unreachable:  # the store went with the process that held it
             sys.stderr.write(f"the other processes could not be told of the error: {unreachable}\n")
 
@@ -100,7 +103,7 @@ class PeerWatch:
                     2, f"error: {trouble}. {self._advice()}\n".encode()
                 )  # whole, whatever else is written
                 os._exit(EXIT_CODE)
-            self._over.wait(min(2.0, self._seconds / 5))
+            self._over.wait(self._pause)
 
     def _listen(self, heard: dict[int, tuple[bytes, float]]) -> str | None:
         """What is wrong with a peer, if anything; notes in ``heard`` what it last said, and when."""

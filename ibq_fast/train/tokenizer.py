@@ -47,6 +47,8 @@ def train_tokenizer(config: TokenizerRun, *, perceptual: Perceptual | None = Non
             f"model.image_channels: expected data.channels {config.data.channels}, "
             f"got {config.model.image_channels}"
         )
+    if config.run.fsdp:
+        raise ValueError("run.fsdp: expected false for a tokenizer, whose quantizer needs its whole codebook")
     accelerator = build_accelerator(config.run)
     with PeerWatch(config.run):
         task = TokenizerTask(config, accelerator, perceptual)
@@ -160,7 +162,9 @@ class TokenizerTask:
         seen = max(images_seen, 1)
         return {"psnr": total / seen, "l1": distance / seen, **usage_figures(counts)}
 
-    def picture(self) -> tuple[str, Tensor]:
+    def picture(self) -> tuple[str, Tensor] | None:
+        if not self.accelerator.is_main_process:  # the others may have no held-out images at all
+            return None
         originals, copies = [], []
         needed = math.ceil(self.config.run.pictures / self.config.data.batch_size)
         for images, reconstruction, _ in self._reconstructed(needed):
@@ -217,8 +221,8 @@ class TokenizerTask:
 
     def export(self, run_dir: Path) -> Path:
         folder = run_dir / "tokenizer"
-        with self.tokenizer.evaluating() as model:
-            if self.accelerator.is_main_process:
+        with self.tokenizer.exporting() as model:
+            if model is not None:
                 model.save_pretrained(folder)  # type: ignore[operator]
         self.accelerator.wait_for_everyone()
         return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ibq_fast.checkpoint.pretrained import check_weights
 from ibq_fast.train.ema import WeightAverage
@@ -20,23 +22,45 @@ from ibq_fast.train.optimizer import (
     moments_by_name,
     set_rates,
 )
+from ibq_fast.train.sharding import shard, sharded_like, whole
 
 
 class Trained:
     """``module`` as accelerate prepared it, ``bare`` without the wrapper that synchronises gradients.
 
     One update is: :meth:`set_rates`, a backward pass per micro-batch inside :meth:`micro`, :meth:`apply`.
+
+    ``sharded``: the parts of ``module`` that are gathered one at a time; the weights are then spread over the
+    processes (see :mod:`ibq_fast.train.sharding`), and gradients are synchronised in every micro-batch. None:
+    each process has them all.
     """
 
     def __init__(
-        self, module: nn.Module, config: OptimConfig, accelerator: Accelerator, *, averaged: bool
+        self,
+        module: nn.Module,
+        config: OptimConfig,
+        accelerator: Accelerator,
+        *,
+        averaged: bool,
+        sharded: list[nn.Module] | None = None,
     ) -> None:
         self._accelerator = accelerator
         self._config = config
-        self.module, self._optimizer = accelerator.prepare(
-            module, build_optimizer(config, module.parameters())
-        )
-        self.bare: nn.Module = accelerator.unwrap_model(self.module)
+        self._sharded = sharded is not None
+        if self._sharded and config.ema_on_cpu:
+            raise ValueError(
+                "optim.ema_on_cpu: expected false with run.fsdp, which spreads the averages anyway"
+            )
+        if sharded is None:
+            self.module, self._optimizer = accelerator.prepare(
+                module, build_optimizer(config, module.parameters())
+            )
+        else:
+            self._whole = copy.deepcopy(module).to("meta")
+            self.module = accelerator.prepare_model(module, evaluation_mode=True)  # device and autocast only
+            shard(self.module, sharded)
+            self._optimizer = accelerator.prepare(build_optimizer(config, module.parameters()))
+        self.bare: nn.Module = module if self._sharded else accelerator.unwrap_model(self.module)
         self.average = (
             WeightAverage(self.bare, config.ema_decay, on_cpu=config.ema_on_cpu)
             if averaged and config.ema_decay > 0
@@ -64,6 +88,7 @@ class Trained:
         norm = None
         if self._config.clip_norm > 0:
             norm = self._accelerator.clip_grad_norm_(self.module.parameters(), self._config.clip_norm)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._optimizer.step()
         self._optimizer.zero_grad()
         if self.average is not None:
@@ -82,14 +107,32 @@ class Trained:
             finally:
                 self.bare.train(was_training)
 
+    @contextmanager
+    def exporting(self) -> Iterator[nn.Module | None]:
+        """As :meth:`evaluating`, with all weights in one place: on the main process, None on the others.
+
+        All processes call it together.
+        """
+        with self.evaluating() as model:
+            main = self._accelerator.is_main_process
+            if self._sharded:
+                weights = whole(model.state_dict(), main)
+                model = copy.deepcopy(self._whole).to_empty(device="cpu").eval() if main else model
+                if main:
+                    model.load_state_dict(weights)
+                    model.to(self._accelerator.device)
+            yield model if main else None
+
     def state(self) -> dict[str, Any]:
+        """Whole tensors, complete on the main process; all processes call it together."""
         scaler = self._accelerator.scaler
-        return {
+        state = {
             "model": self.bare.state_dict(),
             "optimizer": moments_by_name(self._optimizer, self.bare),
             "ema": None if self.average is None else self.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
+        return whole(state, self._accelerator.is_main_process) if self._sharded else state
 
     def start_from(self, state: Mapping[str, Any], source: str, may_lack: Collection[str] = ()) -> None:
         """Load another run's or a published model's state as the beginning of this one.
@@ -110,6 +153,8 @@ class Trained:
 
         A state from elsewhere may lack the optimizer or the average (None): they start afresh.
         """
+        if self._sharded:
+            state = self._divided(state)
         try:
             self.bare.load_state_dict(state["model"])
         except RuntimeError as error:
@@ -120,3 +165,21 @@ class Trained:
             self.average.load_state_dict(state["ema"])
         if self._accelerator.scaler is not None and state["scaler"]:
             self._accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _divided(self, state: dict[str, Any]) -> dict[str, Any]:
+        """``state`` of whole tensors, sharded as the module is."""
+        own = self.bare.state_dict()
+
+        def divided(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: sharded_like(t, own[name]) if name in own else t for name, t in tensors.items()}
+
+        def alike(entry: dict[str, torch.Tensor], weight: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {k: sharded_like(v, weight) if v.shape == weight.shape else v for k, v in entry.items()}
+
+        ema, moments = state["ema"], state["optimizer"]
+        return {
+            **state,
+            "model": divided(state["model"]),
+            "optimizer": moments and {name: alike(entry, own[name]) for name, entry in moments.items()},
+            "ema": ema and {**ema, "average": divided(ema["average"])},
+        }

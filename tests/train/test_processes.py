@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import exit_codes, run_ranks, start_ranks
+from test_checkpoint import same
 
 from ibq_fast.checkpoint.training import latest_checkpoint, load_checkpoint
 from ibq_fast.quantizer import IndexBackpropQuantizer
-from ibq_fast.train import TokenizerRun, read_metrics
+from ibq_fast.train import GeneratorRun, TokenizerRun, read_metrics, train_generator, train_tokenizer
 from ibq_fast.train.__main__ import main
 from ibq_fast.train.config import dump_config
 from ibq_fast.train.peers import EXIT_CODE
@@ -73,6 +74,23 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
     # With the entropy of each device's own mean it is another training.
     apart, _ = trained(steady(tokenizer_run, 2, "device"), tmp_path / "apart", 2)
     assert largest_difference(one["tokenizer"]["model"], apart["tokenizer"]["model"]) > 1e-4
+
+
+def test_two_processes_resume_bit_for_bit(tokenizer_run: TokenizerRun, tmp_path: Path) -> None:
+    config = steady(tokenizer_run, 2, "all")
+    optim = replace(config.optim, schedule=replace(config.optim.schedule, kind="constant"))
+    config = replace(config, model=replace(config.model, dropout=0.2), optim=optim)
+    unbroken, _ = trained(replace(config, run=replace(config.run, steps=6)), tmp_path / "unbroken", 2)
+    half = replace(config, run=replace(config.run, steps=4))
+    trained(half, tmp_path / "broken", 2)
+    arguments = ["tokenizer", f"--config={tmp_path / 'broken' / 'given.yaml'}", "--run.steps=6", "--resume"]
+    run_ranks(2, main, arguments)
+    newest = latest_checkpoint(tmp_path / "broken" / "checkpoints")
+    assert newest is not None
+    resumed = load_checkpoint(newest)
+    for parts in (unbroken, resumed):
+        del parts["loop"]["seconds"]
+    assert same(unbroken, resumed)
 
 
 K, D, ROWS = 11, 4, (3, 5, 0)
@@ -242,3 +260,76 @@ def test_shards_through_the_command_line(tokenizer_run: TokenizerRun, tmp_path: 
         assert parts["step"] == steps
         assert len(parts["progress"]["data"]["lanes"]) == world * max(workers, 1)
     assert read_metrics(tmp_path / "run", "train")[4]["bad_images"] == 4
+
+
+@pytest.mark.parametrize("optim", [{}, {"accumulate": 3, "ema_decay": 0.0}])
+def test_sharded_weights_train_as_whole_ones(
+    optim: dict[str, Any], generator_run: GeneratorRun, tmp_path: Path
+) -> None:
+    config = replace(
+        generator_run,
+        run=replace(generator_run.run, steps=6, save_every=3, log_every=1, sample_every=3),
+        data=replace(generator_run.data, batch_size=1),
+        cache="memory",
+        optim=replace(generator_run.optim, eps=1e-5, **optim),
+        model=replace(
+            generator_run.model,
+            **dict.fromkeys(("class_dropout", "token_dropout", "residual_dropout", "mlp_dropout"), 0.0),
+        ),
+    )
+    states = {}
+    for world, fsdp in ((1, False), (2, True)):
+        folder = tmp_path / f"fsdp {fsdp}"
+        run = replace(config.run, dir=str(folder), fsdp=fsdp)
+        given = replace(config, run=run, data=replace(config.data, batch_size=2 // world))
+        dump_config(given, tmp_path / "given.yaml")
+        run_ranks(world, main, ["generator", f"--config={tmp_path / 'given.yaml'}"])
+        newest = latest_checkpoint(folder / "checkpoints")
+        assert newest is not None
+        states[fsdp] = load_checkpoint(newest)
+        assert (folder / "generator" / "model.safetensors").is_file()
+    one, sharded = states[False]["generator"], states[True]["generator"]
+    assert largest_difference(one["model"], sharded["model"]) <= 1e-5
+    if one["ema"] is not None:
+        assert largest_difference(one["ema"]["average"], sharded["ema"]["average"]) <= 1e-5
+    for name, entry in one["optimizer"].items():
+        assert largest_difference(entry, sharded["optimizer"][name]) <= 1e-4
+    # What was sharded over two goes on over three, and as whole weights in one process.
+    sizes = {1: 6, 3: 2}
+    resumed = {}
+    for world, batch in sizes.items():
+        folder = tmp_path / f"resumed {world}"
+        shutil.copytree(tmp_path / "fsdp True", folder)
+        run = replace(config.run, dir=str(folder), fsdp=world > 1, steps=8)
+        given = replace(config, run=run, data=replace(config.data, batch_size=batch))
+        dump_config(given, tmp_path / "given.yaml")
+        run_ranks(world, main, ["generator", f"--config={tmp_path / 'given.yaml'}", "--resume"])
+        newest = latest_checkpoint(folder / "checkpoints")
+        assert newest is not None
+        resumed[world] = load_checkpoint(newest)["generator"]["model"]
+    assert largest_difference(resumed[1], resumed[3]) <= 1e-5
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_a_generator_of_two_goes_on_with_the_next_images(
+    world: int, generator_run: GeneratorRun, tmp_path: Path
+) -> None:
+    """12 images; 2 of 2 processes' steps took 8 of them, whatever the processes that go on."""
+    run = replace(generator_run.run, steps=2, save_every=0, dir=str(tmp_path / "run"))
+    given = replace(generator_run, run=run, cache="memory", data=replace(generator_run.data, batch_size=2))
+    dump_config(given, tmp_path / "given.yaml")
+    arguments = ["generator", f"--config={tmp_path / 'given.yaml'}"]
+    run_ranks(2, main, arguments)
+    run_ranks(world, main, [*arguments, "--resume", "--run.steps=3", "--data.batch_size=1"])
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    position = load_checkpoint(newest)["progress"]["data"]
+    images = 12 * position["epoch"] + position["step"] * position["global_batch"]
+    assert (images, position["global_batch"]) == (8 + world, world)
+
+
+def test_what_cannot_be_sharded(tokenizer_run: TokenizerRun, generator_run: GeneratorRun) -> None:
+    with pytest.raises(ValueError, match=r"run\.fsdp: expected false for a tokenizer"):
+        train_tokenizer(replace(tokenizer_run, run=replace(tokenizer_run.run, fsdp=True)))
+    with pytest.raises(ValueError, match=r"run\.fsdp: expected several processes"):
+        train_generator(replace(generator_run, run=replace(generator_run.run, fsdp=True)))
