@@ -24,7 +24,7 @@ from bench.suite import Entry, Suite
 MIN_SAMPLE_SECONDS = 0.02
 MIN_ROUNDS, MAX_ROUNDS = 3, 40
 # Rounds this long are repeated once only.
-LONG_ROUND_SECONDS = 30.0
+LONG_ROUND_SECONDS = 15.0
 
 
 @dataclass

@@ -72,14 +72,14 @@ T* data(const Tensor& t) {
 
 void check_memory(bool ok) { STD_TORCH_CHECK(ok, "ibq_fast: not enough memory for the kernel's workspace"); }
 
-// Uninitialised [rows, columns] float32 from kept memory: for gradients as large as a codebook.
-Tensor large_empty(int64_t rows, int64_t columns) {
-  const int64_t bytes = rows * columns * static_cast<int64_t>(sizeof(float));
+// Uninitialised [rows, columns] from kept memory: for gradients as large as a codebook.
+Tensor large_empty(int64_t rows, int64_t columns, ScalarType dtype) {
+  const int64_t bytes = rows * columns * static_cast<int64_t>(dtype == ScalarType::Float ? 4 : 2);
   void* memory = cpu::take_memory(bytes);
   STD_TORCH_CHECK(memory != nullptr, "ibq_fast: not enough memory for a gradient of ", bytes, " bytes");
   return torch::stable::from_blob(memory, {rows, columns}, {columns, 1},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  ScalarType::Float, [bytes](void* p) { cpu::return_memory(p, bytes); });
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
+                                  [bytes](void* p) { cpu::return_memory(p, bytes); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> codebook_search(Tensor z, Tensor codebook, std::optional<Tensor> bias,
@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> straight_through_select(Tenso
 std::tuple<Tensor, Tensor, Tensor> gradients(const Operands& in, cpu::Backward& args) {
   const int64_t n = in.problem.n, k = in.problem.k, d = in.problem.d;
   Tensor grad_z = new_of(in.z, {n, d}, ScalarType::Float);
-  Tensor grad_codebook = large_empty(k, d);
+  Tensor grad_codebook = large_empty(k, d, ScalarType::Float);
   Tensor grad_bias = new_of(in.z, {in.bias ? k : 0}, ScalarType::Float);
   if (n > 0) {
     args.grad_z = data<float>(grad_z);
@@ -354,17 +354,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(Tensor grad_los
   check_shape(lse, "lse", {n}, ScalarType::Double);
   grad_loss = torch::stable::contiguous(grad_loss);
   lse = torch::stable::contiguous(lse);
-  Tensor grad_hidden = new_of(hidden, {n, d}, ScalarType::Float);
-  Tensor grad_head = large_empty(k, d);
+  Tensor grad_hidden = new_of(hidden, {n, d}, hidden.scalar_type());
+  Tensor grad_head = large_empty(k, d, hidden.scalar_type());
   Tensor grad_bias = new_of(hidden, {in.bias ? k : 0}, ScalarType::Float);
   args.grad_loss = static_cast<const float*>(grad_loss.const_data_ptr());
   args.lse = static_cast<const double*>(lse.const_data_ptr());
-  args.grad_hidden = data<float>(grad_hidden);
-  args.grad_head = data<float>(grad_head);
+  args.grad_hidden = grad_hidden.mutable_data_ptr();
+  args.grad_head = grad_head.mutable_data_ptr();
   args.grad_bias = in.bias ? data<float>(grad_bias) : nullptr;
   check_memory(kernels().cross_entropy_backward(in.problem, args, torch_parallel()));
-  return {torch::stable::to(grad_hidden, hidden.scalar_type()),
-          torch::stable::to(grad_head, hidden.scalar_type()), grad_bias};
+  return {grad_hidden, grad_head, grad_bias};
 }
 
 Tensor code_histogram(Tensor indices, int64_t codebook_size) {

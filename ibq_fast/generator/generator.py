@@ -17,6 +17,7 @@ from ibq_fast.generator.config import GeneratorConfig
 from ibq_fast.generator.rotary import RotaryTable
 from ibq_fast.generator.sampler import sample_tokens
 from ibq_fast.generator.transformer import Block, HeadNorm
+from ibq_fast.ops import linear_cross_entropy
 
 
 class TokenProjection(nn.Module):
@@ -75,8 +76,6 @@ class Generator(PretrainedMixin, nn.Module):
         Raises ``ValueError`` for wrong shapes, dtypes, lengths and values out of range (values of tensors on
         an accelerator are checked in eval mode only: looking at them would stall every training step).
         """
-        arguments.check_classes(class_ids, self.config, look=class_ids.is_cpu or not self.training)
-        arguments.check_tokens(tokens, class_ids, self.config, look=tokens.is_cpu or not self.training)
         return self.head(self._hidden(tokens, class_ids))
 
     def loss(self, tokens: Tensor, class_ids: Tensor, *, inputs: Tensor | None = None) -> Tensor:
@@ -85,10 +84,16 @@ class Generator(PretrainedMixin, nn.Module):
         ``tokens`` int [B, rows * columns] (or [B, rows, columns]), ``class_ids`` int [B]. ``inputs`` int
         [B, rows * columns - 1] replaces the tokens that the model sees (default: ``tokens`` without the
         last), for training on corrupted context.
+
+        The logits are never in memory: see :func:`ibq_fast.ops.linear_cross_entropy`. Under autocast hidden
+        vectors and head are multiplied in its dtype, like any linear layer.
         """
         tokens = arguments.whole_images(tokens, self.config)
-        logits = self(tokens[:, :-1] if inputs is None else inputs, class_ids)
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten().long())
+        hidden = self._hidden(tokens[:, :-1] if inputs is None else inputs, class_ids).flatten(0, 1)
+        device_type = hidden.device.type
+        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else self.head.weight.dtype
+        return linear_cross_entropy(hidden.to(dtype), self.head.weight.to(dtype), tokens.flatten().long())
 
     @torch.no_grad()
     def sample(
@@ -179,7 +184,9 @@ class Generator(PretrainedMixin, nn.Module):
         self.head.weight.zero_()
 
     def _hidden(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
-        """Normalised output of the last block [B, L + 1, width], before the head."""
+        """Normalised output of the last block [B, L + 1, width], before the head; checks the arguments."""
+        arguments.check_classes(class_ids, self.config, look=class_ids.is_cpu or not self.training)
+        arguments.check_tokens(tokens, class_ids, self.config, look=tokens.is_cpu or not self.training)
         if self.training and self.config.class_dropout > 0:
             dropped = torch.rand(class_ids.shape, device=class_ids.device) < self.config.class_dropout
             class_ids = class_ids.masked_fill(dropped, self.null_class)

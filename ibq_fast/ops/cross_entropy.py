@@ -10,8 +10,10 @@ q = (1 - e) onehot(target) + e/K. The operator gives
 
 With g the gradient of loss, dS_ij = g_i (P_ij - q_ij), P = softmax(S); ignored rows give nothing, whatever g.
 
-S is never stored. Cost in products of 2·N·K·C operations: forward 1, backward 3. One thread, float32,
-N = C = 1,024, K = 16,384: 1.8 times as fast as eager code, which keeps S and needs 2 in its backward.
+S is never stored: memory is O((N + K)·C). Cost in products of 2·N·K·C operations: forward 1, backward 3;
+eager code keeps S and needs 2 in its backward. One thread of an AVX-512 CPU, N = C = 1,024: in float32 1.9
+times as fast as eager code at K = 16,384 and 2.1 times at 262,144. In bfloat16 twice as fast as in float32
+where the CPU multiplies bfloat16; S and all sums are float32, dS is rounded for the gradients' products.
 """
 
 from __future__ import annotations

@@ -22,12 +22,13 @@ struct CrossEntropyForward : CrossEntropy {
 };
 
 // dS_ij = grad_loss_i (P_ij - q_ij), P = exp(S - lse); dh = dS W, dW = dS^T h, dbias = column sums of dS.
-// Outputs are float32 and overwritten; grad_bias may be null. Cost: S, dh, dW = 6NKC.
+// Outputs are overwritten, dh and dW in the dtype of the problem; grad_bias may be null. Cost: S, dh, dW =
+// 6NKC.
 struct CrossEntropyBackward : CrossEntropy {
   const float* grad_loss = nullptr;  // [N]
   const double* lse = nullptr;       // [N] from the forward
-  float* grad_hidden = nullptr;      // [N, C]
-  float* grad_head = nullptr;        // [K, C]
+  void* grad_hidden = nullptr;       // [N, C]
+  void* grad_head = nullptr;         // [K, C]
   float* grad_bias = nullptr;        // [K]
 };
 

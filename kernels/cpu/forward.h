@@ -4,6 +4,8 @@
 // kMR x kBlock, where each row's epilogue reads them. Per row and task the state is kept per lane:
 //   best, best_at   running maximum and its code, strict comparison in code order: lowest index wins
 //   sum             sum of exp(x - ref)
+//                   Sums carry their rounding (Carried): where all logits are alike, every addition to a
+//                   plain sum may round the same way, which at K = 262,144 is an error of 1e-4.
 //   sum_t, moment_t sums of exp(y) and of exp(y) y, y = (x - ref) / tau: entropy = log(sum_t) - moment_t /
 //   sum_t,
 //                   free of the cancellation of lse - E[x / tau], and exactly 0 for a row that one code has
@@ -12,13 +14,34 @@
 // log(K / kBlock) times a row. Tried and lost: a horizontal argmax per block (2 % at D = 256, 30 % at 8).
 #pragma once
 
+// A running sum by lanes and the rounding it has lost so far.
+struct Carried {
+  F sum, lost;
+  IBQ_INLINE static Carried from(const float* at) { return {load(at), load(at + kWidth)}; }
+  IBQ_INLINE void to(float* at) const {
+    store(at, sum);
+    store(at + kWidth, lost);
+  }
+  IBQ_INLINE void scale(F by) { sum *= by, lost *= by; }
+  IBQ_INLINE void add(F x) {
+    const F old = sum, term = x + lost;
+    sum = old + term;
+    lost = term - (sum - old);
+  }
+};
+
+// The total of a Carried in memory.
+inline double carried_total(const float* at) {
+  return horizontal_sum(load(at)) + horizontal_sum(load(at + kWidth));
+}
+
 struct RowState {
   float* ref;        // [rows]
   float* best;       // [rows][kWidth]
   int32_t* best_at;  // [rows][kWidth]
-  float* sum;        // [rows][kWidth]
-  float* sum_t;      // [rows][kWidth]
-  float* moment_t;   // [rows][kWidth]
+  float* sum;        // [rows][2][kWidth], a Carried
+  float* sum_t;      // [rows][2][kWidth]
+  float* moment_t;   // [rows][2][kWidth]
   float* readout;    // [rows][padded]
 };
 
@@ -99,10 +122,11 @@ void forward_task(const ForwardContext& c, int task) {
     store(c.state.best + at * kWidth, lowest);
     store_i(c.state.best_at + at * kWidth, I{});
     c.state.ref[at] = -__builtin_inff();
-    if (kLse) store(c.state.sum + at * kWidth, F{});
+    const Carried zero = {F{}, F{}};
+    if (kLse) zero.to(c.state.sum + at * 2 * kWidth);
     if (kEntropy) {
-      store(c.state.sum_t + at * kWidth, F{});
-      store(c.state.moment_t + at * kWidth, F{});
+      zero.to(c.state.sum_t + at * 2 * kWidth);
+      zero.to(c.state.moment_t + at * 2 * kWidth);
     }
     if (kReadout) memset(c.state.readout + at * plan.padded, 0, sizeof(float) * plan.padded);
   }
@@ -134,29 +158,37 @@ void forward_task(const ForwardContext& c, int task) {
         const F ref = set1(c.state.ref[at]);
         if (kEntropy && (rise > 0 || !spent_t)) {
           const F scale = set1(exp_scalar(-rise * inverse_tau));
-          F sum = load(c.state.sum_t + at * kWidth) * scale;
-          F moment = load(c.state.moment_t + at * kWidth) * scale;
+          Carried sum = Carried::from(c.state.sum_t + at * 2 * kWidth);
+          Carried moment = Carried::from(c.state.moment_t + at * 2 * kWidth);
+          sum.scale(scale);
+          moment.scale(scale);
+          F more = F{}, more_moment = F{};
           // against the new reference: sum of e (y - rise) = old moment - rise * old sum
-          if (rise > 0 && rise < __builtin_inff()) moment -= sum * set1(rise * inverse_tau);
+          if (rise > 0 && rise < __builtin_inff()) more_moment -= sum.sum * set1(rise * inverse_tau);
           for (int j = 0; j < columns && !spent_t; j += kWidth) {
             F y = (load(x + j) - ref) * set1(inverse_tau);
             F e = exp_of(y);
-            sum += e;
-            moment += e * max_of(y, set1(-1e4f));
+            more += e;
+            more_moment += e * max_of(y, set1(-1e4f));
           }
-          store(c.state.sum_t + at * kWidth, sum);
-          store(c.state.moment_t + at * kWidth, moment);
+          sum.add(more);
+          moment.add(more_moment);
+          sum.to(c.state.sum_t + at * 2 * kWidth);
+          moment.to(c.state.moment_t + at * 2 * kWidth);
         }
         if (kLse && (rise > 0 || !spent)) {
           live = true;
           alpha[i] = exp_scalar(-rise);
-          F sum = load(c.state.sum + at * kWidth) * set1(alpha[i]);
+          Carried sum = Carried::from(c.state.sum + at * 2 * kWidth);
+          sum.scale(set1(alpha[i]));
+          F more = F{};
           for (int j = 0; j < columns; j += kWidth) {
             F e = exp_of(load(x + j) - ref);
-            sum += e;
+            more += e;
             if (kReadout) store(x + j, e);
           }
-          store(c.state.sum + at * kWidth, sum);
+          sum.add(more);
+          sum.to(c.state.sum + at * 2 * kWidth);
         } else if (kReadout) {
           memset(x, 0, sizeof(float) * columns);
         }
@@ -192,7 +224,7 @@ void merge_row(const ForwardContext& c, int64_t r) {
     double sum = 0;
     for (int t = 0; t < plan.code_tasks; ++t) {
       const int64_t at = (int64_t)t * plan.chunk + r;
-      sum += horizontal_sum(load(c.state.sum + at * kWidth)) * exp((double)c.state.ref[at] - ref);
+      sum += carried_total(c.state.sum + at * 2 * kWidth) * exp((double)c.state.ref[at] - ref);
     }
     c.out.lse[row] = ref + log(sum);
     if (kReadout) {
@@ -212,9 +244,9 @@ void merge_row(const ForwardContext& c, int64_t r) {
     for (int t = 0; t < plan.code_tasks; ++t) {
       const int64_t at = (int64_t)t * plan.chunk + r;
       const double shift = ((double)c.state.ref[at] - ref) * inverse_tau;
-      const double w = exp(shift), s = horizontal_sum(load(c.state.sum_t + at * kWidth));
+      const double w = exp(shift), s = carried_total(c.state.sum_t + at * 2 * kWidth);
       sum += s * w;
-      if (w > 0) moment += (horizontal_sum(load(c.state.moment_t + at * kWidth)) + shift * s) * w;
+      if (w > 0) moment += (carried_total(c.state.moment_t + at * 2 * kWidth) + shift * s) * w;
     }
     c.out.lse_tau[row] = ref * inverse_tau + log(sum);
     c.out.row_entropy[row] = (float)(log(sum) - moment / sum);
@@ -401,12 +433,12 @@ bool run_forward(const Problem& p, const Forward& out, const Parallel& parallel)
   workspace.add(&c.state.best, states * kWidth);
   workspace.add(&c.state.best_at, states * kWidth);
   workspace.add(&c.state.ref, states);
-  if (kLse) workspace.add(&c.state.sum, states * kWidth);
+  if (kLse) workspace.add(&c.state.sum, states * 2 * kWidth);
   if (kReadout) workspace.add(&c.state.readout, states * plan.padded);
   const bool mean = kEntropy && out.mean_prob;
   if (kEntropy) {
-    workspace.add(&c.state.sum_t, states * kWidth);
-    workspace.add(&c.state.moment_t, states * kWidth);
+    workspace.add(&c.state.sum_t, states * 2 * kWidth);
+    workspace.add(&c.state.moment_t, states * 2 * kWidth);
     if (mean) workspace.add(&c.column_sums, (int64_t)plan.row_tasks * plan.k);
   }
   if (bounded) {

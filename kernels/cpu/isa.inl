@@ -24,6 +24,7 @@ namespace {
 #include "kernels/cpu/exact_search.h"
 #include "kernels/cpu/backward.h"
 #include "kernels/cpu/entry.h"
+#include "kernels/cpu/narrow.h"
 #include "kernels/cpu/group_tile.h"
 #include "kernels/cpu/cross_entropy.h"
 // clang-format on

@@ -89,10 +89,30 @@ def test_any_size(
     check(x, make_targets(n, k, ignored, seed), smoothing, backend, error_ratio, floors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_more_rows_than_a_chunk(smoothing, backend, operands, error_ratio, floors) -> None:
-    x = operands(4200, 40, 9, bias=True)
+def test_more_rows_than_a_chunk(smoothing, dtype, backend, operands, error_ratio, floors) -> None:
+    """The gradient of head adds up over chunks: in float32, whatever its dtype."""
+    x = operands(4200, 40, 9, dtype=dtype, bias=True)
     check(x, make_targets(4200, 40, 0.2), smoothing, backend, error_ratio, floors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_vocabulary_of_262144(smoothing, dtype, backend, operands, error_ratio, floors) -> None:
+    x = operands(7, 262144, 5, dtype=dtype, bias=True)
+    check(x, make_targets(7, 262144), smoothing, backend, error_ratio, floors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_logits_of_thousands(smoothing, dtype, backend, operands, error_ratio, floors) -> None:
+    """One-hot and tied rows: of the 61 codes two pairs are equal, and one pair is every fourth row's best."""
+    x = operands(30, 61, 47, dtype=dtype, spread=600.0, bias=True)
+    x.codebook[5], x.codebook[9] = x.codebook[17], x.codebook[33]
+    x.bias[5], x.bias[9] = x.bias[17], x.bias[33]
+    x.z[::4] = x.codebook[5].sign()
+    check(x, make_targets(30, 61, 0.1), smoothing, backend, error_ratio, floors)
 
 
 def test_a_peaked_head_large_enough_to_skip_tiles(backend, operands, error_ratio, floors) -> None:
@@ -134,10 +154,11 @@ def test_stands_in_for_torch(reduction, smoothing, backend, operands) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [0, 5])
-def test_nothing_to_learn_from(n, backend, operands) -> None:
+def test_nothing_to_learn_from(n, dtype, backend, operands) -> None:
     """No rows, or none that counts: the mean is NaN as in torch, the sum 0, the gradients 0."""
-    x = operands(n, 7, 3, bias=True)
+    x = operands(n, 7, 3, dtype=dtype, bias=True)
     targets = torch.full((n,), -100)
     leaves = x.leaves()
     for reduction in ("mean", "sum"):
@@ -145,7 +166,8 @@ def test_nothing_to_learn_from(n, backend, operands) -> None:
             leaves[0], leaves[1], targets, bias=leaves[2], reduction=reduction, backend=backend
         )
         assert loss.isnan() if reduction == "mean" else loss == 0
-        for grad in torch.autograd.grad(loss, leaves):
+        for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+            assert grad.dtype == leaf.dtype
             assert bool((grad == 0).all())
 
 
