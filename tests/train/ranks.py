@@ -70,5 +70,6 @@ def _as_rank(
     if file is not None:
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that torchrun started
     torch.set_num_threads(1)
     sys.exit(work(*args))
