@@ -44,7 +44,7 @@ format: $(STAMP)  ## Rewrite sources in the house format
 
 kernel-tests: build  ## CTest of kernels/, without Python or PyTorch
 	$(VENV)/bin/cmake --build build/cmake --target kernel_tests --parallel $(JOBS)
-	$(VENV)/bin/ctest --test-dir build/cmake --output-on-failure
+	$(VENV)/bin/ctest --test-dir build/cmake --output-on-failure --parallel $(JOBS)
 
 cuda-check: build  ## Compile the CUDA kernels for sm_80, sm_90a and sm_100a and read registers and spills
 	@if grep -q 'CMAKE_CUDA_COMPILER:' build/cmake/CMakeCache.txt; then \
@@ -72,7 +72,7 @@ isa-tests: build  ## The native ops under every instruction set this CPU has
 sanitize: $(STAMP)  ## CTest under the address and undefined-behaviour sanitizers
 	$(VENV)/bin/cmake -S . -B build/sanitize -DIBQ_FAST_SANITIZE=ON -DIBQ_FAST_EXTENSION=OFF -DIBQ_FAST_CUDA=off
 	$(VENV)/bin/cmake --build build/sanitize --target kernel_tests --parallel $(JOBS)
-	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
+	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure --parallel $(JOBS)
 
 # On the Python that PYTHON names, with what is installed there: nothing is downloaded.
 gpu:  ## Build, check, measure and sanitize on the GPU of this machine; appends to bench/results/gpu.csv
