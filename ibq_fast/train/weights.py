@@ -51,6 +51,9 @@ class Trained:
             raise ValueError(
                 "optim.ema_on_cpu: expected false with run.fsdp, which spreads the averages anyway"
             )
+        # First, because a device that is no part of PyTorch (an NPU) gets new parameters, and an optimizer
+        # built before would go on updating the old ones.
+        module.to(accelerator.device)
         if sharded is None:
             self.module, self._optimizer = accelerator.prepare(
                 module, build_optimizer(config, module.parameters())

@@ -140,6 +140,8 @@ class Accelerator:
 
     scaler = None
 
+    device = torch.device("cpu")
+
     def prepare(self, *parts: Any) -> Any:
         return parts
 
