@@ -42,7 +42,7 @@ def kmeans(rows: Tensor, count: int, iterations: int = 10, shards: CodebookShard
     centres = first_random_rows(rows, count, shards)
     if _total(rows) <= count:
         return centres
-    seen = rows if shards is None else shards.gather(rows, shards.counts(rows.shape[0], rows.device))
+    seen = rows if shards is None else shards.gather(rows, shards.counts(rows.shape[0]))
     wide = seen.float()
     for _ in range(iterations):
         nearest = _nearest(rows, centres, shards)
@@ -68,7 +68,7 @@ def _nearest(rows: Tensor, centres: Tensor, shards: CodebookShards | None) -> Te
     if shards is None:
         return codebook_search(rows, centres, scale=2.0, bias=-norms).indices
     nearest = parallel_search(shards, rows, centres, scale=2.0, bias=-norms)
-    return shards.gather(nearest, shards.counts(rows.shape[0], rows.device)) - shards.start
+    return shards.gather(nearest, shards.counts(rows.shape[0])) - shards.start
 
 
 def _random_pieces(rows: Tensor, pieces: list[slice]) -> Iterator[Tensor]:

@@ -426,7 +426,7 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
             vectors, bias, norm_weight = self._learned_scale(vectors, codebook, norm_weight)
             bias = _norm_bias(codebook, norm_weight) if bias is None else bias
             if self.shards is not None:
-                counts = self.shards.counts(len(vectors), vectors.device)
+                counts = self.shards.counts(len(vectors))
                 vectors = self.shards.gather(vectors, counts)
             scores = scale * (vectors @ codebook.T)
             scores = scores if bias is None else scores + bias

@@ -22,10 +22,18 @@ class CodebookShards:
     group, None where there is one codebook). All processes build it together, each sees its own place.
 
     codebook_size: K, at least ``size``; the parts differ by one row at most. size: a divisor of the number of
-    processes, all of them by default. timeout: of the groups' exchanges. Raises ValueError.
+    processes, all of them by default. device: where the exchanged tensors are (NCCL takes a GPU's only).
+    timeout: of the groups' exchanges. Raises ValueError.
     """
 
-    def __init__(self, codebook_size: int, size: int | None = None, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        codebook_size: int,
+        size: int | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        timeout: timedelta | None = None,
+    ) -> None:
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             raise ValueError("codebook_parallel: expected several processes (torchrun), got one")
         world, place = dist.get_world_size(), dist.get_rank()
@@ -39,6 +47,7 @@ class CodebookShards:
                 f"codebook_parallel: expected a code for each of {self.size} processes, got {codebook_size}"
             )
         self.codebook_size = codebook_size
+        self.device = torch.device(device)
         self._bounds = [codebook_size * r // self.size for r in range(self.size + 1)]
         self.rank = place % self.size
         self._first = place - self.rank
@@ -69,9 +78,10 @@ class CodebookShards:
         """The own rows of ``whole`` [K, ...], a view."""
         return whole[self.start : self.stop]
 
-    def counts(self, rows: int, device: torch.device) -> list[int]:
+    def counts(self, rows: int) -> list[int]:
         """Everyone's number of rows."""
-        return [int(count) for count in self.each(torch.tensor([rows], device=device)).flatten().tolist()]
+        own = torch.tensor([rows], device=self.device)
+        return [int(count) for count in self.each(own).flatten().tolist()]
 
     def gather(self, own: Tensor, counts: list[int]) -> Tensor:
         """Everyone's rows, in the order of ranks: [Σ counts, ...] from ``own`` [counts[rank], ...]."""
@@ -118,9 +128,9 @@ class CodebookShards:
         everyone = self.gather(values.T, widths).T
         return everyone.split(counts)[self.rank].contiguous()
 
-    def any(self, own: bool, device: torch.device) -> bool:
+    def any(self, own: bool) -> bool:
         """Whether anyone's ``own`` is true."""
-        return bool(self.sum(torch.tensor(int(own), device=device)))
+        return bool(self.sum(torch.tensor(int(own), device=self.device)))
 
     def pieces(self) -> Iterator[tuple[int, slice]]:
         """(holder, rows of the whole codebook), in order: how a codebook travels."""
@@ -137,14 +147,15 @@ class CodebookShards:
         if self.rank != 0:
             for holder, rows in self.pieces():
                 if holder == self.rank:
-                    dist.send(self._own(own, rows).detach().contiguous(), 0, group=self.group)
+                    piece = self._own(own, rows).detach().to(self.device).contiguous()
+                    dist.send(piece, 0, group=self.group)
             return None
         whole = torch.empty(self.codebook_size, *own.shape[1:], dtype=own.dtype)
         for holder, rows in self.pieces():
             if holder == 0:
                 whole[rows] = self._own(own, rows).detach()
             else:
-                piece = own.new_empty((rows.stop - rows.start, *own.shape[1:]))
+                piece = self._empty(own, rows)
                 dist.recv(piece, holder, group=self.group)
                 whole[rows] = piece
         return whole
@@ -155,12 +166,16 @@ class CodebookShards:
         """
         for holder, rows in self.pieces():
             if pieces is not None:
-                piece = next(pieces).to(own.device, own.dtype).contiguous()
+                piece = next(pieces).to(self.device, own.dtype).contiguous()
             else:
-                piece = own.new_empty((rows.stop - rows.start, *own.shape[1:]))
+                piece = self._empty(own, rows)
             dist.broadcast(piece, 0)
             if holder == self.rank:
                 self._own(own, rows).copy_(piece)
+
+    def _empty(self, own: Tensor, rows: slice) -> Tensor:
+        """Room for ``rows`` of a codebook like ``own``, where it travels."""
+        return own.new_empty((rows.stop - rows.start, *own.shape[1:]), device=self.device)
 
     def _own(self, own: Tensor, rows: slice) -> Tensor:
         """Of the own part, what is called ``rows`` in the whole."""

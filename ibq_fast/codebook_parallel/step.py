@@ -39,7 +39,7 @@ def parallel_search(
     """Indices [N] into the whole codebook, of the own rows ``z`` [N, D]; ``codebook`` and ``bias`` are the
     own shard. Ties go to the lowest index. Raises ValueError like ``codebook_search``.
     """
-    counts = shards.counts(z.shape[0], z.device)
+    counts = shards.counts(z.shape[0])
     rows = shards.gather(z, counts)
     found = codebook_search(rows, codebook, scale=scale, bias=bias, exact=True).indices
     return _own(shards, _best_of_all(shards, rows, codebook, scale, bias, found), counts)
@@ -81,7 +81,7 @@ def parallel_index_backprop(
     wanted = z.requires_grad or codebook.requires_grad or (bias is not None and bias.requires_grad)
     differentiable = wanted and torch.is_grad_enabled()
     settings = _Settings(shards, scale, norm_weight, temperature, over_all_rows, differentiable)
-    counts = shards.counts(z.shape[0], z.device)
+    counts = shards.counts(z.shape[0])
     z_q, codes, indices, row_entropy, means = _Step.apply(z, codebook, bias, counts, settings)
     sample = row_entropy.sum() / max(z.shape[0], 1)
     if temperature is None:
@@ -176,7 +176,7 @@ class _SumOverShards(torch.autograd.Function):
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, codebook: Tensor, indices: Tensor, shards: CodebookShards) -> Tensor:
-        counts = shards.counts(indices.shape[0], codebook.device)
+        counts = shards.counts(indices.shape[0])
         everyone = shards.gather(indices, counts)
         ctx.save_for_backward(everyone, codebook)
         ctx.shards, ctx.counts = shards, counts

@@ -33,6 +33,10 @@ def train_generator(config: GeneratorRun) -> Path:
     Raises ValueError for settings that do not fit the tokenizer or the data, and what :func:`run_task`
     and :class:`PeerWatch` raise.
     """
+    if config.run.codebook_parallel:
+        raise ValueError(
+            f"run.codebook_parallel: expected false for a generator, got {config.run.codebook_parallel}"
+        )
     accelerator = build_accelerator(config.run)
     with PeerWatch(config.run):
         tokenizer = Tokenizer.from_pretrained(config.tokenizer, device=accelerator.device)
