@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ibq_fast.codebook_parallel import CodebookShards, parallel_search
+from ibq_fast.codebook_parallel.shards import PIECE
 from ibq_fast.ops import codebook_search
 
 # Noise on repeated rows, in standard deviations of the rows: distinct codes, same neighbourhood.
@@ -17,15 +18,17 @@ _REPEAT_NOISE = 0.01
 
 def random_rows(rows: Tensor, count: int) -> Tensor:
     """``count`` of ``rows`` [N, D] in random order; with N < count they are repeated with a little noise."""
-    return next(_random_pieces(rows, [slice(0, count)]))
+    chosen = rows.new_empty((count, rows.shape[1]))
+    for start, piece in zip(range(0, count, PIECE), _random_pieces(rows, count), strict=True):
+        chosen[start : start + PIECE] = piece
+    return chosen
 
 
 def first_random_rows(rows: Tensor, count: int, shards: CodebookShards | None = None) -> Tensor:
     """The first process's ``random_rows``, or with ``shards`` the own part of them; all call it together."""
     if shards is not None:
         own = rows.new_empty((shards.stop - shards.start, rows.shape[1]))
-        pieces = [piece for _, piece in shards.pieces()]
-        shards.hand_out(_random_pieces(rows, pieces) if dist.get_rank() == 0 else None, own)
+        shards.hand_out(_random_pieces(rows, count) if dist.get_rank() == 0 else None, own)
         return own
     return _from_first(random_rows(rows, count))
 
@@ -71,14 +74,14 @@ def _nearest(rows: Tensor, centres: Tensor, shards: CodebookShards | None) -> Te
     return shards.gather(nearest, shards.counts(rows.shape[0])) - shards.start
 
 
-def _random_pieces(rows: Tensor, pieces: list[slice]) -> Iterator[Tensor]:
-    """Consecutive pieces of :func:`random_rows`."""
+def _random_pieces(rows: Tensor, count: int) -> Iterator[Tensor]:
+    """:func:`random_rows`, at most PIECE at a time."""
     order = torch.randperm(rows.shape[0], device=rows.device)
     spread = _REPEAT_NOISE * rows.std(correction=0)
-    for piece in pieces:
-        places = torch.arange(piece.start, piece.stop, device=rows.device)
+    for start in range(0, count, PIECE):
+        places = torch.arange(start, min(start + PIECE, count), device=rows.device)
         chosen = rows[order[places % len(order)]]
-        repeats = chosen[max(len(order) - piece.start, 0) :]
+        repeats = chosen[max(len(order) - start, 0) :]
         repeats += spread * torch.randn_like(repeats)
         yield chosen
 

@@ -199,8 +199,7 @@ class _CodebookQuantizer(nn.Module):
         ``backward``, ``encode``, ``decode``, ``logits`` and ``init_from_features`` together, each with
         features of its own. ``codebook`` becomes a new parameter [K_r, D], whose gradient is that of the
         *sum* of the processes' losses (see :func:`~ibq_fast.codebook_parallel.parallel_index_backprop`).
-        Raises ValueError
-        for plain vector quantization, another codebook size and a second call.
+        Raises ValueError for plain vector quantization, another codebook size and a second call.
         """
         if self.config.kind != "ibq":
             raise ValueError(f"codebook_parallel: expected a quantizer of kind ibq, got {self.config.kind!r}")
@@ -212,7 +211,7 @@ class _CodebookQuantizer(nn.Module):
             )
         own = shards.part(self.codebook.detach()).clone()
         first = torch.distributed.get_rank() == 0
-        shards.hand_out((self.codebook[rows] for _, rows in shards.pieces()) if first else None, own)
+        shards.hand_out(iter([self.codebook.detach()]) if first else None, own)
         self.shards = shards
         self.codebook = nn.Parameter(own, requires_grad=self.codebook.requires_grad)
 

@@ -4,6 +4,7 @@ Every process of a group holds some rows of the codebook; features, which differ
 gathered, every process compares all of them with its own codes, and what belongs together is merged.
 """
 
+from ibq_fast.codebook_parallel.collected import CollectedRows, collect
 from ibq_fast.codebook_parallel.shards import CodebookShards
 from ibq_fast.codebook_parallel.step import (
     ParallelResult,
@@ -14,7 +15,9 @@ from ibq_fast.codebook_parallel.step import (
 
 __all__ = [
     "CodebookShards",
+    "CollectedRows",
     "ParallelResult",
+    "collect",
     "parallel_decode",
     "parallel_index_backprop",
     "parallel_search",

@@ -11,15 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Rows that travel at a time when a codebook is handed out or collected.
-_PIECE = 1 << 16
+# Rows that travel, or are drawn, at a time when a codebook is handed out or collected.
+PIECE = 1 << 16
 
 
 class CodebookShards:
     """The rows of a codebook [K, D] over a group of ``size`` processes: rank r has ``start`` to ``stop``.
 
     ``size`` consecutive ranks share a codebook; every ``size``-th rank has the same rows (``replicas``: their
-    group, None where there is one codebook). All processes build it together, each sees its own place.
+    group, None where there is one codebook; ``with_first``: whether the group is that of the first process).
+    All processes build it together, each sees its own place.
 
     codebook_size: K, at least ``size``; the parts differ by one row at most. size: a divisor of the number of
     processes, all of them by default. device: where the exchanged tensors are (NCCL takes a GPU's only).
@@ -50,13 +51,14 @@ class CodebookShards:
         self.device = torch.device(device)
         self._bounds = [codebook_size * r // self.size for r in range(self.size + 1)]
         self.rank = place % self.size
-        self._first = place - self.rank
+        first_of_group = place - self.rank
+        self.with_first = first_of_group == 0
         self.group: Any = dist.group.WORLD
         self.replicas: Any = None
         if self.size < world:  # every process has to make every group
             for first in range(0, world, self.size):
                 group = dist.new_group(list(range(first, first + self.size)), timeout=timeout)
-                if first == self._first:
+                if first == first_of_group:
                     self.group = group
             for r in range(self.size):
                 group = dist.new_group(list(range(r, world, self.size)), timeout=timeout)
@@ -135,51 +137,33 @@ class CodebookShards:
     def pieces(self) -> Iterator[tuple[int, slice]]:
         """(holder, rows of the whole codebook), in order: how a codebook travels."""
         for holder in range(self.size):
-            for start in range(self._bounds[holder], self._bounds[holder + 1], _PIECE):
-                yield holder, slice(start, min(start + _PIECE, self._bounds[holder + 1]))
-
-    def collect(self, own: Tensor) -> Tensor | None:
-        """The whole [K, ...] of everyone's ``own`` rows, on the CPU of the first process of all; None on the
-        others. Rows travel in pieces: no other process, and no device, holds more than one of another's.
-        """
-        if self._first != 0:  # has the same rows as the group of the first process
-            return None
-        if self.rank != 0:
-            for holder, rows in self.pieces():
-                if holder == self.rank:
-                    piece = self._own(own, rows).detach().to(self.device).contiguous()
-                    dist.send(piece, 0, group=self.group)
-            return None
-        whole = torch.empty(self.codebook_size, *own.shape[1:], dtype=own.dtype)
-        for holder, rows in self.pieces():
-            if holder == 0:
-                whole[rows] = self._own(own, rows).detach()
-            else:
-                piece = self._empty(own, rows)
-                dist.recv(piece, holder, group=self.group)
-                whole[rows] = piece
-        return whole
+            for start in range(self._bounds[holder], self._bounds[holder + 1], PIECE):
+                yield holder, slice(start, min(start + PIECE, self._bounds[holder + 1]))
 
     def hand_out(self, pieces: Iterator[Tensor] | None, own: Tensor) -> None:
-        """Fill everyone's ``own`` rows from the first process of all, whose ``pieces`` have the sizes that
-        :meth:`pieces` says; None on the others.
+        """Fill everyone's ``own`` rows from the first process of all, whose ``pieces`` are the whole, cut
+        anywhere; None on the others.
         """
+        sizes = [rows.stop - rows.start for _, rows in self.pieces()]
+        cut = None if pieces is None else _recut(pieces, sizes)
         for holder, rows in self.pieces():
-            if pieces is not None:
-                piece = next(pieces).to(self.device, own.dtype).contiguous()
+            if cut is not None:
+                piece = next(cut).to(self.device, own.dtype).contiguous()
             else:
-                piece = self._empty(own, rows)
+                piece = own.new_empty((rows.stop - rows.start, *own.shape[1:]), device=self.device)
             dist.broadcast(piece, 0)
             if holder == self.rank:
-                self._own(own, rows).copy_(piece)
+                own[rows.start - self.start : rows.stop - self.start] = piece
 
-    def _empty(self, own: Tensor, rows: slice) -> Tensor:
-        """Room for ``rows`` of a codebook like ``own``, where it travels."""
-        return own.new_empty((rows.stop - rows.start, *own.shape[1:]), device=self.device)
 
-    def _own(self, own: Tensor, rows: slice) -> Tensor:
-        """Of the own part, what is called ``rows`` in the whole."""
-        return own[rows.start - self.start : rows.stop - self.start]
+def _recut(pieces: Iterator[Tensor], sizes: list[int]) -> Iterator[Tensor]:
+    """The same rows in pieces of other ``sizes``."""
+    left = next(pieces)
+    for size in sizes:
+        while len(left) < size:
+            left = torch.cat([left, next(pieces)])
+        yield left[:size]
+        left = left[size:]
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

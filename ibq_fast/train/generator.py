@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,9 @@ class GeneratorTask:
     def state(self) -> dict[str, Any]:
         data = self.sampler.position_state(*self._position)
         return {"generator": self.generator.state(), "progress": {"data": data}}
+
+    def rows_to_read(self, name: str, shape: Sequence[int]) -> slice | None:
+        return None
 
     def load_state(self, parts: Mapping[str, Any]) -> None:
         self.generator.load_state(parts["generator"])

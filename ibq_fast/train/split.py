@@ -7,13 +7,13 @@ here, and what is saved is the whole codebook with whole optimizer state and ave
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ibq_fast.codebook_parallel import CodebookShards
+from ibq_fast.codebook_parallel import CodebookShards, CollectedRows, collect
 
 CODEBOOK = "quantizer.codebook"
 
@@ -45,29 +45,35 @@ class SplitCodebook:
         return norm
 
     def whole(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """A network's ``state`` with its codebook, moments and average whole on the main process, None on the
-        others; all call it together.
-        """
+        """A network's ``state``, its codebook, moments and average to be collected by the main process."""
 
-        def collected(tensor: Tensor) -> Tensor | None:
-            return self._shards.collect(tensor) if tensor.dim() else tensor  # Adam counts steps in a scalar
+        def collected(tensor: Tensor) -> CollectedRows | Tensor:
+            # Adam's count of steps is a scalar.
+            return CollectedRows(self._shards, tensor) if tensor.dim() else tensor
 
         return _of_codebook(state, collected)
 
     def divided(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """``state`` with the own part of what is whole in it. Raises ValueError for another codebook size."""
+        """``state`` with the own part of what is whole in it (see :meth:`rows_to_read`)."""
+        whole = (self._shards.codebook_size,)
 
         def part(tensor: Tensor) -> Tensor:
-            if not tensor.dim():
-                return tensor
-            if tensor.shape[0] != self._shards.codebook_size:
-                raise ValueError(
-                    f"checkpoint: {CODEBOOK}: expected {self._shards.codebook_size} codes, "
-                    f"got {list(tensor.shape)}"
-                )
-            return self._shards.part(tensor)
+            return self._shards.part(tensor) if tensor.shape[:1] == whole else tensor
 
         return _of_codebook(state, part)
+
+    def rows_to_read(self, name: str, shape: Sequence[int]) -> slice | None:
+        """The rows that this process needs of a checkpoint's tensor ``name``; None: all of them.
+
+        Raises ValueError for another codebook size.
+        """
+        if CODEBOOK not in name or not shape:
+            return None
+        if shape[0] != self._shards.codebook_size:
+            raise ValueError(
+                f"checkpoint: {CODEBOOK}: expected {self._shards.codebook_size} codes, got {list(shape)}"
+            )
+        return slice(self._shards.start, self._shards.stop)
 
     def outline(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights ``own`` with the codebook's shape that of the whole one."""
@@ -76,7 +82,7 @@ class SplitCodebook:
 
     def joined(self, tokenizer: nn.Module) -> nn.Module | None:
         """A copy of ``tokenizer`` with the whole codebook, on the CPU of the main process; None elsewhere."""
-        codebook = self._shards.collect(self._quantizer.codebook)
+        codebook = collect(self._shards, self._quantizer.codebook)
         if codebook is None:
             return None
         own = self._quantizer.codebook

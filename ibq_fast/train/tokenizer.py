@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -88,8 +88,8 @@ class TokenizerTask:
         tokenizer.checkpoint_activations(config.run.activation_checkpointing)
         prepare(tokenizer, (tokenizer.encoder, tokenizer.decoder), config.run)
         self.shards = _shards(config, accelerator)
-        split = None if self.shards is None else SplitCodebook(tokenizer, self.shards)
-        self.tokenizer = Trained(tokenizer, config.optim, accelerator, averaged=True, split=split)
+        self.split = None if self.shards is None else SplitCodebook(tokenizer, self.shards)
+        self.tokenizer = Trained(tokenizer, config.optim, accelerator, averaged=True, split=self.split)
         self.critic: Trained | None = None
         if has_discriminator(config.loss):
             critic = build_discriminator(config, accelerator)
@@ -202,6 +202,9 @@ class TokenizerTask:
                 "loss": {"buffers": dict(self.loss.named_buffers(recurse=False))},
             },
         }
+
+    def rows_to_read(self, name: str, shape: Sequence[int]) -> slice | None:
+        return None if self.split is None else self.split.rows_to_read(name, shape)
 
     def load_state(self, parts: Mapping[str, Any]) -> None:
         self.tokenizer.load_state(parts["tokenizer"])
