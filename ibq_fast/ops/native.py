@@ -66,8 +66,8 @@ def candidate_bytes(n: int, k: int) -> int:
 def release_memory() -> int:
     """Free what the CPU operators keep between steps for their next large gradient; returns its bytes.
 
-    A gradient of 32 MB or more comes from a buffer that is kept when the gradient is freed (three at most), so
-    that a training step does not fault in and zero fresh pages every time. 0 without the extension.
+    A gradient of 32 MB or more comes from a buffer that is kept when the gradient is freed (three at most),
+    so that a training step does not fault in and zero fresh pages every time. 0 without the extension.
     """
     if UNAVAILABLE is not None:
         return 0
