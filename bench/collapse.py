@@ -6,8 +6,9 @@
     python -m bench.collapse --draw                               plot and table from what was measured so far
 
 Every run has the same encoder, decoder, images (embedded Fashion-MNIST, 32 px, 8 × 8 tokens), losses,
-optimizer, seed and number of steps. Its evaluations on held-out images go to bench/results/collapse.csv in the place of
-earlier ones of the same choice and dimension: it can be made in parts. Each call ends with drawing.
+optimizer, seed and number of steps. Its evaluations on held-out images go to bench/results/collapse.csv in
+the place of earlier ones of the same choice and dimension: it can be made in parts. Each call ends with
+drawing.
 """
 
 from __future__ import annotations
