@@ -20,6 +20,7 @@ from ibq_fast.tokenizer import Tokenizer
 from ibq_fast.train.config import GeneratorRun, dump_config
 from ibq_fast.train.device import build_accelerator
 from ibq_fast.train.loop import run_task, will_resume
+from ibq_fast.train.optimizer import by_steps
 from ibq_fast.train.peers import PeerWatch
 from ibq_fast.train.progress import Reporter
 from ibq_fast.train.speed import prepare
@@ -76,7 +77,13 @@ class GeneratorTask:
         generator.recompute = config.run.activation_checkpointing
         prepare(generator, generator.layers(), replace(config.run, channels_last=False))
         parts = list[nn.Module](generator.blocks) if config.run.fsdp else None
-        self.generator = Trained(_Loss(generator), config.optim, accelerator, averaged=True, sharded=parts)
+        self.generator = Trained(
+            _Loss(generator),
+            by_steps(config.optim, len(self.sampler)),
+            accelerator,
+            averaged=True,
+            sharded=parts,
+        )
 
     def record(self, run_dir: Path) -> None:
         dump_config(self.config, run_dir / "config.yaml")

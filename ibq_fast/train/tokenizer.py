@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ibq_fast.codebook_parallel import CodebookShards
-from ibq_fast.data import build_loader, to_float, to_uint8
+from ibq_fast.data import ShardLoader, build_loader, to_float, to_uint8
 from ibq_fast.evaluate.images import psnr, reconstruction_grid
 from ibq_fast.evaluate.usage import CodebookUsage, usage_figures
 from ibq_fast.tokenizer import LossConfig, PatchDiscriminator, Tokenizer, TokenizerLoss
@@ -24,6 +24,7 @@ from ibq_fast.train.collapse import CollapseMonitor
 from ibq_fast.train.config import TokenizerRun, dump_config
 from ibq_fast.train.device import build_accelerator
 from ibq_fast.train.loop import run_task, will_resume
+from ibq_fast.train.optimizer import by_steps
 from ibq_fast.train.peers import PeerWatch
 from ibq_fast.train.perceptual import build_perceptual
 from ibq_fast.train.speed import prepare
@@ -84,17 +85,19 @@ class TokenizerTask:
         self.data = build_loader(config.data, "train", seed=config.run.seed, **ranks)
         self.held_out = build_loader(config.data, "val", seed=config.run.seed, **ranks)
         self.images_per_step = config.data.batch_size * config.optim.accumulate * accelerator.num_processes
+        batches = None if isinstance(self.data, ShardLoader) else len(self.data)
+        optim = by_steps(config.optim, batches)
         tokenizer = Tokenizer(config.model)
         tokenizer.checkpoint_activations(config.run.activation_checkpointing)
         prepare(tokenizer, (tokenizer.encoder, tokenizer.decoder), config.run)
         self.shards = _shards(config, accelerator)
         self.split = None if self.shards is None else SplitCodebook(tokenizer, self.shards)
-        self.tokenizer = Trained(tokenizer, config.optim, accelerator, averaged=True, split=self.split)
+        self.tokenizer = Trained(tokenizer, optim, accelerator, averaged=True, split=self.split)
         self.critic: Trained | None = None
         if has_discriminator(config.loss):
             critic = build_discriminator(config, accelerator)
             prepare(critic, (critic,), config.run)
-            self.critic = Trained(critic, config.optim, accelerator, averaged=False)
+            self.critic = Trained(critic, optim, accelerator, averaged=False)
         losses = config.loss if self.critic else replace(config.loss, adversarial="none")
         self.loss = TokenizerLoss(losses, perceptual or build_perceptual(config.perceptual, device)).to(
             device
