@@ -12,6 +12,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 
+import ibq_fast.codebook_parallel.shards as shards_module
+import ibq_fast.kmeans as kmeans_module
 from ibq_fast.codebook_parallel import CodebookShards, collect, parallel_index_backprop
 from ibq_fast.ops.entropy import entropy_of_mean
 from ibq_fast.ops.index_backprop import reference as index_backprop_reference
@@ -81,6 +83,7 @@ def whole_result(case: str, world: int) -> tuple[list[dict[str, Tensor]], list[T
 
 def split_result(world: int, folder: Path) -> None:
     dist.init_process_group("gloo")
+    shards_module.PIECE, kmeans_module.PIECE = 5, 8  # rows that travel, or are drawn, at a time
     rank = dist.get_rank()
     rows, weights = rows_and_weights(world)
     results: dict[str, Any] = {}
