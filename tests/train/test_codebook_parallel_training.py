@@ -105,13 +105,13 @@ def test_split_codebooks_train_as_a_whole_one(tokenizer_run: TokenizerRun, tmp_p
     # What two have written is a model like any other.
     models = [Tokenizer.from_pretrained(tmp_path / name / "tokenizer") for name in ("one", "two")]
     assert largest_difference(*(m.state_dict() for m in models)) <= 1e-5
-    # It goes on in one process, and in four, of which two each share a codebook.
+    # It goes on in one process, and in four, of which two each share a codebook; with two batches an update.
     resumed = {}
     for world, parallel in ((1, "true"), (4, "2")):
         folder = tmp_path / f"resumed {world}"
         shutil.copytree(tmp_path / "two", folder)
         options = [f"--run.codebook_parallel={parallel}", f"--data.batch_size={4 // world}"]
-        options += ["--run.steps=13", f"--run.dir={folder}", "--resume"]
+        options += ["--optim.accumulate=2", "--run.steps=13", f"--run.dir={folder}", "--resume"]
         run_ranks(world, main, ["tokenizer", f"--config={folder / 'given.yaml'}", *options])
         newest = latest_checkpoint(folder / "checkpoints")
         assert newest is not None
