@@ -46,10 +46,18 @@ def tile_grid(n: int, k: int, device_type: str) -> tuple[int, int]:
     """Row tiles and code blocks of ``tile_bound`` for [n, k] in the device's kernels; zeros for small k."""
     from ibq_fast import _C
 
-    rows, codes, smallest = _C.cuda_tile_shape() if device_type == "cuda" else _C.tile_shape()
+    rows, codes, smallest = _C.cuda_tile_shape() if device_type == "cuda" else _C.tile_shape()[:3]
     if k < smallest:
         return 0, 0
     return (n + rows - 1) // rows, (k + codes - 1) // codes
+
+
+def candidate_bytes(n: int, k: int) -> int:
+    """Bytes of ``candidates`` for [n, k] in the CPU kernels in use; 0 for small k."""
+    from ibq_fast import _C
+
+    _, _, smallest, most = _C.tile_shape()
+    return 0 if k < smallest else torch.sym_min(2 * n * k, most)
 
 
 def release_memory() -> int:
