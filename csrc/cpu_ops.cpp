@@ -238,6 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     out.lse_tau = data<double>(lse_tau);
     out.tile_bound = tiles > 0 ? data<float>(tile_bound) : nullptr;
     out.candidates = candidates.numel() > 0 ? candidates.mutable_data_ptr() : nullptr;
+    out.candidate_bytes = candidates.numel();
     // without skipping no bounds are kept; zeros say that every tile may matter, should a backward ask
     if (in.problem.dropped_mass == 0) torch::stable::zero_(tile_bound);
     check_memory(kernels().forward(in.problem, out, torch_parallel()));
@@ -284,6 +285,7 @@ std::tuple<Tensor, Tensor, Tensor> index_backprop_backward(
   args.grad_mean_prob = static_cast<const float*>(grad_mean_prob.const_data_ptr());
   args.tile_bound = tiles > 0 ? static_cast<const float*>(tile_bound.const_data_ptr()) : nullptr;
   args.candidates = candidates.numel() > 0 ? candidates.const_data_ptr() : nullptr;
+  args.candidate_bytes = candidates.numel();
   auto [grad_z, grad_codebook, grad_bias] = gradients(in, args);
   scatter_add(in, grad_z_q, grad_codes, indices, grad_codebook);
   return {grad_z, grad_codebook, grad_bias};

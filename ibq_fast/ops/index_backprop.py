@@ -7,11 +7,12 @@ those of :mod:`ibq_fast.ops.select` (z_q, codes, indices, lse, readout) and of :
 the norms' share, -2 norm_weight · (column sums of dS) · codebook, is added to it where it stands.
 tile_bound [2, tiles, blocks] float32 holds the greatest log-probability of each tile under P and under p
 (empty where a backend keeps none); the backward skips tiles by it. candidates uint8 [bytes] holds, in the
-backend's own form, the entries of S that count in softmax(S/τ) (empty where a backend keeps none).
+backend's own form, what of S is left for the backward: tiles of it, and lists of the entries that count in
+softmax(S/τ) (empty where a backend leaves nothing).
 
-Nothing of size N×K is stored: candidates end at 128 MB. Cost in products of 2·N·K·D operations: forward 2,
-backward 4 where candidates fit (a trained codebook: no S for the mean of p and for the row constants),
-else 3 and 5, against 4 and 8 of the two operators apart; less where tiles are negligible.
+Nothing of size N×K is stored: candidates end at 256 MB. Cost in products of 2·N·K·D operations: forward 2,
+backward 3 where S fits into them, 2 and 4 where lists do (a trained codebook), else 3 and 5, against 4 and 8
+of the two operators apart; less where tiles are negligible.
 """
 
 from __future__ import annotations

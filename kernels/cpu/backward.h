@@ -9,7 +9,7 @@
 // the end.
 //
 // The entropy group needs r_i = sum_k p_ik c_k of whole rows first: from the forward's candidates, or else in
-// one more sweep of S.
+// one more sweep of S. Tiles of S that the forward kept are not computed again.
 #pragma once
 
 // Well above 1/2, so that two codes never both win and ties do not round past it.
@@ -41,6 +41,7 @@ struct BackwardContext {
   float* scratch = nullptr;     // per task
   int64_t scratch_stride = 0;
   const float* bound = nullptr;  // [2][tiles][blocks] from the forward, or null
+  KeptLogits kept = {};
   int64_t call_tiles = 0, blocks = 0;
 
   // Whether a tile may matter to the gradient.
@@ -70,18 +71,22 @@ void row_dot_task(const BackwardContext& c, int task) {
   for (int64_t r = range.row0; r < range.row1; ++r) dots[r] = 0;
   for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
     if (!c.any_live<false, true>(range.row0, range.row1, code0, gap)) continue;
-    const Block block = load_block<kPairs>(c.problem, plan, code0, range.code1, packed, nullptr, bias);
+    const Block block = load_logit_block<kPairs>(c.problem, plan, c.kept, code0, range.code1, packed, bias);
     const int columns = block.panels * kNR;
     float weights[kBlock] = {};
     memcpy(weights, c.centered + code0, sizeof(float) * block.codes);
     for (int64_t r = range.row0; r < range.row1; r += kMR) {
       if (!tile_live(c.bound, c.call_tiles, c.blocks, 1, c.row + r, code0, gap)) continue;
-      logits_tile<kPairs>(c.tiles + r * words<kPairs>(plan.d), packed, words<kPairs>(plan.d), block.panels,
-                          c.problem.scale, bias, logits);
+      const float* tile_logits = logits;
+      if (c.kept.has(code0))
+        tile_logits = c.kept.at(c.row + r, code0);
+      else
+        logits_tile<kPairs>(c.tiles + r * words<kPairs>(plan.d), packed, words<kPairs>(plan.d), block.panels,
+                            c.problem.scale, bias, logits);
       for (int i = 0; i < kMR && r + i < c.chunk_rows; ++i) {
         const LogProb log_p(c.in.lse_tau[c.row + r + i], inverse_tau);
         F sum = F{};
-        const float* x = logits + i * kBlock;
+        const float* x = tile_logits + i * kBlock;
         if (negligible(lane_maxima(x, columns), log_p.high[0], gap * c.in.temperature)) continue;
         for (int j = 0; j < columns; j += kWidth) sum += exp_of(log_p.of(load(x + j))) * load(weights + j);
         dots[r + i] += horizontal_sum(sum);
@@ -251,9 +256,13 @@ void backward_task(const BackwardContext& c, int task) {
         Matters rows[kMR];
         Matters tile = {false, false};
         const bool maybe = c.live<kSelect, kEntropy>(r, code0, gap);
-        if (maybe)
+        if (maybe && c.kept.has(code0)) {
+          take_tile(c.kept.at(c.row + r, code0), columns, x);
+          if (r + kMR < range.row1) prefetch_tile(c.kept.at(c.row + r + kMR, code0));
+        } else if (maybe) {
           logits_tile<kPairs>(c.tiles + r * words<kPairs>(plan.d), packed, words<kPairs>(plan.d),
                               block.panels, c.problem.scale, bias, x);
+        }
         for (int i = 0; i < kMR && maybe; ++i) {
           rows[i] = row_matters<kSelect, kEntropy>(c, r + i, x + i * kBlock, columns, gap);
           tile.select |= rows[i].select;

@@ -5,16 +5,16 @@
 // 2^-25 of their row together, whatever K. Where p is spread (training: 5 to 12 % of the entries) lists are
 // short; where it is flat they would be S itself, and the call is dense: no lists, sweeps of S as before.
 //
-// The buffer, candidate_bytes(n, k) of it, has room for a quarter of S's entries, at most
-// kMostCandidateBytes: a header, the rows' first pages, and pages, which each of the forward's tasks takes
-// from its own share as its rows need them (rows differ much in how many entries they list). A row's pages
-// are a chain for each task, codes ascending. The header says how many tasks there were, so that a backward
-// with other threads can read the lists; 0 says dense. When pages run short, rows drop what their maximum has
-// left behind since; when that does not make enough room the call is dense.
+// At the end of the call's buffer (kept_logits.h), listed_bytes of it, which is room for a quarter of
+// S's entries and at most half of the buffer: the rows' first pages, and pages, which each of the
+// forward's tasks takes from its own share as its rows need them (rows differ much in how many entries they
+// list). A row's pages are a chain for each task, codes ascending. The header says how many tasks there were,
+// so that a backward with other threads can read the lists; 0 says dense. When pages run short, rows drop
+// what their maximum has left behind since; when that does not make enough room the call is dense.
 #pragma once
 
-inline int64_t candidate_bytes(int64_t n, int64_t k) {
-  return k < kBoundedFrom ? 0 : min_of(2 * n * k, kMostCandidateBytes);
+inline int64_t listed_bytes(int64_t buffer_bytes, const Problem& p) {
+  return min_of(2 * p.n * p.k, buffer_bytes / 2) / 64 * 64;
 }
 
 // In units of S / tau.
@@ -42,21 +42,21 @@ struct Candidates {
   CandidatePage* pages = nullptr;
 
   Candidates() = default;
-  // buffer: or null. No lists where the buffer is too small to be worth filling.
-  Candidates(void* buffer, const Problem& p, int tasks) {
-    const int64_t header = 64, head_bytes = round_up(sizeof(int32_t) * tasks * p.n, 64);
-    const int64_t bytes = candidate_bytes(p.n, p.k) - header - head_bytes;
+  // buffer: the call's, or null. No lists where their part of it is too small to be worth filling.
+  Candidates(void* buffer, int64_t buffer_bytes, const Problem& p, int tasks) {
+    const int64_t head_bytes = round_up(sizeof(int32_t) * tasks * p.n, 64);
+    const int64_t bytes = listed_bytes(buffer_bytes, p) - head_bytes;
     if (!buffer || tasks < 1 || bytes / 8 < p.n * p.k / 24) return;
     parts = tasks;
     rows = p.n;
     pages_each = bytes / parts / (int64_t)sizeof(CandidatePage);
-    char* at = static_cast<char*>(buffer) + header;
+    char* at = static_cast<char*>(buffer) + buffer_bytes / 64 * 64 - listed_bytes(buffer_bytes, p);
     heads = reinterpret_cast<int32_t*>(at);
     pages = reinterpret_cast<CandidatePage*>(at + head_bytes);
   }
   // As a forward left them.
-  static Candidates written(const void* buffer, const Problem& p) {
-    return Candidates(const_cast<void*>(buffer), p, buffer ? *static_cast<const int32_t*>(buffer) : 0);
+  static Candidates written(const void* buffer, int64_t bytes, const Problem& p) {
+    return Candidates(const_cast<void*>(buffer), bytes, p, buffer ? *static_cast<const int32_t*>(buffer) : 0);
   }
   IBQ_INLINE CandidatePage& page(int part, int32_t i) const { return pages[part * pages_each + i]; }
   IBQ_INLINE int32_t& head(int part, int64_t row) const { return heads[part * rows + row]; }

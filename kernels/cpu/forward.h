@@ -55,9 +55,10 @@ struct ForwardContext {
   RowState state = {};       // of all code tasks: [code_tasks][chunk]
   float* scratch = nullptr;  // per task
   int64_t scratch_stride = 0;
-  float* column_sums = nullptr;    // [row_tasks][k]
-  float* block_max = nullptr;      // [chunk][blocks] maxima of S, or null
-  float* bound = nullptr;          // [2][tiles][blocks] of the call, or null
+  float* column_sums = nullptr;  // [row_tasks][k]
+  float* block_max = nullptr;    // [chunk][blocks] maxima of S, or null
+  float* bound = nullptr;        // [2][tiles][blocks] of the call, or null
+  KeptLogits kept = {};
   Candidates lists = {};           // none when the call is dense
   int32_t* dense = nullptr;        // set by a task that runs short of pages; the others then stop listing too
   CandidatePool* pools = nullptr;  // [tasks]
@@ -162,6 +163,7 @@ void forward_task(const ForwardContext& c, int task) {
     for (int64_t r = range.row0; r < range.row1; r += kMR) {
       logits_tile<kPairs>(c.tiles + r * words<kPairs>(plan.d), packed, words<kPairs>(plan.d), block.panels,
                           c.problem.scale, bias, logits);
+      if (kEntropy && c.kept.has(code0)) keep_tile(logits, columns, c.kept.at(c.row + r, code0));
       float alpha[kMR];
       bool live = false;  // whether the tile adds anything to the readout
       for (int i = 0; i < kMR; ++i) {
@@ -225,6 +227,7 @@ void forward_task(const ForwardContext& c, int task) {
                              c.state.readout + (base + r) * plan.padded);
     }
   }
+  if (kEntropy) finish_keeping();
 }
 
 // Merges the code tasks' states of one row, in code order.

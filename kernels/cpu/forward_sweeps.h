@@ -34,18 +34,22 @@ void mean_prob_task(const ForwardContext& c, int task) {
   const float gap = negligible_gap(c.problem);
   for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
     if (!any_live(c, range, 1, code0, gap)) continue;
-    const Block block = load_block<kPairs>(c.problem, plan, code0, range.code1, packed, nullptr, bias);
+    const Block block = load_logit_block<kPairs>(c.problem, plan, c.kept, code0, range.code1, packed, bias);
     const int columns = block.panels * kNR;
     // Compensated: every row may add the same, and then every rounding goes the same way.
     float sums[kBlock] = {}, lost[kBlock] = {};
     for (int64_t r = range.row0; r < range.row1; r += kMR) {
       if (!tile_live(c.bound, c.call_tiles, c.blocks, 1, c.row + r, code0, gap)) continue;
-      logits_tile<kPairs>(c.tiles + r * words<kPairs>(plan.d), packed, words<kPairs>(plan.d), block.panels,
-                          c.problem.scale, bias, logits);
+      const float* tile_logits = logits;
+      if (c.kept.has(code0))
+        tile_logits = c.kept.at(c.row + r, code0);
+      else
+        logits_tile<kPairs>(c.tiles + r * words<kPairs>(plan.d), packed, words<kPairs>(plan.d), block.panels,
+                            c.problem.scale, bias, logits);
       float tile[kBlock] = {};
       for (int i = 0; i < kMR && r + i < c.chunk_rows; ++i) {
         const LogProb log_p(c.out.lse_tau[c.row + r + i], inverse_tau);
-        const float* x = logits + i * kBlock;
+        const float* x = tile_logits + i * kBlock;
         if (negligible(lane_maxima(x, columns), log_p.high[0], gap * c.out.temperature)) continue;
         for (int j = 0; j < columns; j += kWidth)
           store(tile + j, load(tile + j) + exp_of(log_p.of(load(x + j))));

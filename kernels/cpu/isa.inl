@@ -24,6 +24,7 @@ namespace {
 #include "kernels/cpu/narrow.h"
 #include "kernels/cpu/tile.h"
 #include "kernels/cpu/plan.h"
+#include "kernels/cpu/kept_logits.h"
 #include "kernels/cpu/candidates.h"
 #include "kernels/cpu/forward.h"
 #include "kernels/cpu/forward_sweeps.h"

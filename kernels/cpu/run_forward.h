@@ -51,8 +51,9 @@ bool run_forward(const Problem& p, const Forward& out, const Parallel& parallel)
   if (!bounded) c.bound = nullptr;
   // Lists go with the readout: of the calls that have both groups, the backward wants them too.
   const bool mean = kEntropy && out.mean_prob;
-  if (bounded && kReadout && mean) c.lists = Candidates(out.candidates, p, plan.tasks());
+  if (bounded && kReadout && mean) c.lists = Candidates(out.candidates, out.candidate_bytes, p, plan.tasks());
   const bool may_list = c.lists.parts > 0;
+  const bool may_keep = bounded && kReadout && mean && out.candidates;
   int32_t dense = 0;
   c.dense = &dense;
   const int64_t states = (int64_t)plan.code_tasks * plan.chunk;
@@ -91,6 +92,13 @@ bool run_forward(const Problem& p, const Forward& out, const Parallel& parallel)
     pack_row_tiles<kPairs>(p, p.z, c.row, c.chunk_rows, c.tiles, parallel);
     const Probe probe = kReadout && bounded ? probe_rows<kPairs>(c) : Probe{false, false};
     const bool later = probe.peaked;
+    if (c.row == 0 && may_keep && !probe.peaked) {
+      // all of S where it fits, else beside the lists, or in their place where there will be none
+      c.kept = KeptLogits(out.candidates, out.candidate_bytes, p);
+      if (c.kept.nearly_all(p.k)) dense = 1;
+      if (c.lists.parts && !dense && !probe.flat)
+        c.kept = KeptLogits(out.candidates, out.candidate_bytes - listed_bytes(out.candidate_bytes, p), p);
+    }
     if (probe.flat) dense = 1;
     if (dense) c.lists = {};
     if (later)
@@ -118,7 +126,10 @@ bool run_forward(const Problem& p, const Forward& out, const Parallel& parallel)
       run_tasks(parallel, plan.tasks(),
                 [&](int t) { c.lists.parts ? listed_mean_prob_task(c, t) : mean_prob_task<kPairs>(c, t); });
   }
-  if (out.candidates) *static_cast<int32_t*>(out.candidates) = c.lists.parts;
+  if (out.candidates) {
+    static_cast<int32_t*>(out.candidates)[0] = c.lists.parts;
+    static_cast<int32_t*>(out.candidates)[1] = (int32_t)c.kept.blocks;
+  }
   if (mean)
     for (int64_t j = 0; j < plan.k; ++j) {
       float sum = 0;
