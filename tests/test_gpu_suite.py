@@ -19,7 +19,7 @@ import gpu_stages  # noqa: E402
 import gpu_suite  # noqa: E402
 import gpu_verdicts  # noqa: E402
 
-STAGES = "build,check-native,search,step,cross_entropy,sanitize"
+STAGES = "build,check-native,search,step,cross_entropy,decode,sanitize"
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_the_rehearsal_runs_every_stage(tmp_path: Path) -> None:
         ("code_histogram", "int64"),
     }
     rows = table.read(tmp_path / "gpu.csv")
-    assert {row.group for row in rows} == {"search", "step", "cross_entropy"}
+    assert {row.group for row in rows} == {"search", "step", "cross_entropy", "decode"}
     wrong = [row for row in rows if row.metric == "not measured" and row.provider.startswith("ibq_fast")]
     assert wrong == []
     assert any("ibq_fast native" in line for line in said)

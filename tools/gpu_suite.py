@@ -96,6 +96,7 @@ def stages(device: str, out: Path, date: str, csv: Path, architecture: str | Non
             )
         checks.append(check("cupy", "--backend=cupy"))
         checks += [check(f"triton-{n}", "--backend=triton", f"--ops={ops}") for n, ops in OPS.items()]
+        checks.append(check("graph", "--backend=graph"))
         checks.append(check("composite", "--backend=composite"))
     sanitize = [python, "tools/gpu_sanitize.py", f"--device={device}", "--seconds=24"]
     if rehearsal:
@@ -117,6 +118,7 @@ def stages(device: str, out: Path, date: str, csv: Path, architecture: str | Non
         (bench("search", 40),),
         (bench("step", 50),),
         (bench("cross_entropy", 35),),
+        (bench("decode", 45),),
         (bench("search", 30, "--compiled"),),
         (bench("step", 40, "--compiled"),),
         (Stage("sanitize", sanitize, 55),),

@@ -143,9 +143,11 @@ def build(architecture: str, use: str, dtype: str, dimension: int) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from ibq_fast.ops.triton import plan
+    from ibq_fast.ops.triton import live, plan
 
     module, name, flags = USES.get(use) or FINISHERS[use]
+    if architecture in live.UNBOUNDED:
+        flags = {key: value and key not in ("BOUND", "SKIP") for key, value in flags.items()}
     kernels = importlib.import_module(f"ibq_fast.ops.triton.kernels.{module}")
     if use in USES:
         kernel = getattr(kernels, module)

@@ -1,4 +1,4 @@
-"""``python -m bench.gpu --group search|step|cross_entropy``: measure a group, figure by figure into a CSV."""
+"""``python -m bench.gpu --group NAME``: measure a group (groups.py), figure by figure into a CSV."""
 
 from __future__ import annotations
 
@@ -81,16 +81,24 @@ class Run:
         entry: Entry[Any] = Entry(judged_as, "bfloat16", implementation.prepare, dtype="bfloat16")
         try:
             call = implementation.prepare(problem)
+            result = call()
             if implementation.check:
-                group.verify(problem, entry, call())
-            call()
-            extra = self.clock.extra_bytes(call)
-            samples = self.clock.race({"it": call}, self.seconds)["it"]
+                group.verify(problem, entry, result)
+            if group.images:
+                extra, samples = None, [self.clock.once(call)]
+            else:
+                call()
+                extra = self.clock.extra_bytes(call)
+                samples = self.clock.race({"it": call}, self.seconds)["it"]
         except AssertionError as error:
             return f"wrong: {error}"
         except Exception as error:  # a peer that runs out of memory must not take the others' figures with it
             return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-        self.write(group.name, implementation.provider, case, self.metrics(samples, group.flops(case), extra))
+        found = self.metrics(samples, group.flops(case), extra)
+        if group.images:
+            rates = [case.n / value for value in percentiles(samples)]
+            found.append(("images", (rates[2], rates[1], rates[0]), "images/s"))
+        self.write(group.name, implementation.provider, case, found)
         return None
 
     def square(self, group: str) -> None:

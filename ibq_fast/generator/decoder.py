@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ibq_fast.generator import graph
+from ibq_fast.generator.graph import GraphedSteps
 from ibq_fast.ops.generator_step import MODULATION_ORDER, generator_step
 from ibq_fast.ops.skinny_linear import quantize_rows, skinny_linear
 
@@ -90,6 +92,7 @@ class Decoder:
             device=self.device,
         )
         self.class_vectors = torch.zeros((rows, config.width), dtype=self.dtype, device=self.device)
+        self.graphs = GraphedSteps(self) if graph.wanted(self) else None
 
     @torch.no_grad()
     def admit(self, slots: Tensor, class_ids: Tensor) -> None:
@@ -128,6 +131,12 @@ class Decoder:
         valid index where the position is 0 or negative). int64 [m] each -> [m, width]."""
         first = (positions <= 0).to(self.device).unsqueeze(1)
         return torch.where(first, self.class_vectors[: tokens.shape[0]], self.embed(tokens))
+
+    def advance(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """:meth:`inputs` and :meth:`step` in one; on a GPU a CUDA graph (``generator/graph.py``)."""
+        if self.graphs is not None:
+            return self.graphs(tokens, positions)
+        return self.step(self.inputs(tokens, positions), positions)
 
     @torch.no_grad()
     def step(self, x: Tensor, positions: Tensor) -> Tensor:

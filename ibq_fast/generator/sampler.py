@@ -54,7 +54,7 @@ def sample_tokens(
         if position > 0:
             inputs = tokens[:, position - 1].repeat(branches)
         positions = torch.full((rows,), position)
-        hidden = decoder.step(decoder.inputs(inputs, positions), positions)
+        hidden = decoder.advance(inputs, positions)
         if guidance is not None:
             conditional, unconditional = hidden.chunk(2)
             hidden = torch.lerp(unconditional, conditional, guidance)

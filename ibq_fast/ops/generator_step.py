@@ -23,6 +23,8 @@ forward does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -113,19 +115,45 @@ def composite(
     num_heads: int,
     eps: float,
 ) -> Tensor:
-    rows, width = x.shape
+    rows = x.shape[0]
     places = positions.tolist()
     longest = max(places, default=-1) + 1
     if longest == 0:
         return torch.zeros_like(x)
-    kv_heads, head_dim = cache.shape[3], cache.shape[5]
     at = positions.to(x.device)
     active = (at >= 0).nonzero().squeeze(1) if min(places) < 0 else torch.arange(rows, device=x.device)
     together = min(places) == longest - 1
     reached = torch.arange(longest, device=x.device) <= at.unsqueeze(1)
     valid = None if together else reached.view(rows, 1, 1, longest)
     at = at.clamp(min=0)
-    factors = rotary[:, at]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        keys[active, :, at[active]] = k[active]
+        values[active, :, at[active]] = v[active]
+        return attend(q, keys[:rows, :, :longest], values[:rows, :, :longest], valid)
+
+    hidden = through_blocks(x, rotary[:, at], attention, weights, scales, modulation, cache, num_heads, eps)
+    if min(places) < 0:
+        hidden = hidden.masked_fill((positions < 0).to(x.device).unsqueeze(1), 0.0)
+    return hidden
+
+
+def through_blocks(
+    x: Tensor,
+    factors: Tensor,
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
+    weights: list[Tensor],
+    scales: list[Tensor],
+    modulation: Tensor,
+    cache: Tensor,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    """The step in plain PyTorch, but for the cache: ``attention(q [M, KV, G, D], k, v [M, KV, D], keys,
+    values [R, KV, T, D] of a block)`` writes it and returns [M, KV, G, D]. factors [2, M, 1, D]: of the rows'
+    positions."""
+    rows, width = x.shape
+    kv_heads, head_dim = cache.shape[3], cache.shape[5]
     h = x.to(cache.dtype)
     parts = modulation[:, :rows].to(h.dtype)
     for layer, (keys, values) in enumerate(cache.unbind(0)):
@@ -137,18 +165,11 @@ def composite(
         heads = grouped(modulated_norm(h, scale_1, shift_1, eps), *qkv).view(rows, -1, head_dim)
         qk, v = heads.split((num_heads + kv_heads, kv_heads), dim=1)
         q, k = rotate(qk, factors).split((num_heads, kv_heads), dim=1)
-        keys[active, :, at[active]] = k[active]
-        values[active, :, at[active]] = v[active]
-        attended = attend(
-            q.unflatten(1, (kv_heads, -1)), keys[:rows, :, :longest], values[:rows, :, :longest], valid
-        )
+        attended = attention(q.unflatten(1, (kv_heads, -1)), k, v, keys, values)
         h = torch.addcmul(h, grouped(attended.reshape(rows, width), *out), gate_1)
         gate, up = grouped(modulated_norm(h, scale_2, shift_2, eps), *gate_up).chunk(2, dim=-1)
         h = torch.addcmul(h, grouped(F.silu(gate) * up, *down), gate_2)
-    hidden = modulated_norm(h, parts[-2], parts[-1], eps).to(x.dtype)
-    if min(places) < 0:
-        hidden = hidden.masked_fill((positions < 0).to(x.device).unsqueeze(1), 0.0)
-    return hidden
+    return modulated_norm(h, parts[-2], parts[-1], eps).to(x.dtype)
 
 
 def fake(

@@ -21,7 +21,9 @@ import pytest
 import torch
 
 from bench.gpu.journal import Journal, leave_if_dead
+from ibq_fast.generator.graph import BACKEND as GRAPH
 from ibq_fast.ops import backends
+from ibq_fast.ops.generator_step import NAME as STEP
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # its checks serve every device
 
@@ -57,10 +59,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def subjects(device: str, ops: tuple[str, ...]) -> list[Subject]:
-    """Every backend that serves one of ``ops`` on the device, in every dtype it takes but float64."""
-    return [
+    """Every backend that serves one of ``ops`` on the device, in every dtype it takes but float64; and the
+    generator's step as a CUDA graph, which is no backend of its own but proven like one."""
+    graphs = [Subject(STEP, GRAPH, dtype) for dtype in (torch.float32, torch.bfloat16)] if STEP in ops else []
+    return graphs + [
         Subject(op, row.name, dtype)
         for op in ops
+        if op != STEP
         for row in backends._TABLE[op]
         for dtype in row.dtypes
         if dtype != torch.float64 and row.refusal(device, dtype) is None

@@ -17,7 +17,7 @@ from ibq_fast.ops.triton.kernels.device import cut, load_tile, product
 def greatest(values, known):
     """The maximum over the codes that there are, infinite where one is NaN."""
     values = tl.where(values != values, float("inf"), values)
-    return tl.max(tl.max(tl.where(known[:, None], values, float("-inf")), axis=1), axis=0)
+    return tl.max(tl.where(known, tl.max(values, axis=1), float("-inf")), axis=0)
 
 
 @triton.jit
