@@ -75,7 +75,7 @@ sanitize: $(STAMP)  ## CTest under the address and undefined-behaviour sanitizer
 	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure --parallel $(JOBS)
 
 # On the Python that PYTHON names, with what is installed there: nothing is downloaded.
-gpu:  ## Build, check, measure and sanitize on the GPU of this machine; appends to bench/results/gpu.csv
+gpu:  ## Build, check, measure, sanitize on this machine's GPU, in five minutes: bench/results/gpu.csv
 	$(PYTHON) tools/gpu_suite.py $(GPU)
 
 gpu-rehearsal: build  ## The same stages on the CPU with tiny shapes

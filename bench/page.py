@@ -87,6 +87,9 @@ def _head(rows: Sequence[Row], command: str) -> str:
             "multiply-add rate measured in the same rounds on the same threads, in the mode's arithmetic. "
             f"*× {OURS}* is how many times longer than {OURS} in the same mode (float32 where it has none) "
             f"an implementation takes; in {OURS}'s own rows, than its float32.",
+            "",
+            "Nothing on this page ran on a GPU: `make gpu` measures there and appends to "
+            "`bench/results/gpu.csv`, which is empty as long as no GPU has been at hand.",
         ]
     )
 
