@@ -46,9 +46,9 @@ kernel-tests: build  ## CTest of kernels/, without Python or PyTorch
 	$(VENV)/bin/cmake --build build/cmake --target kernel_tests --parallel $(JOBS)
 	$(VENV)/bin/ctest --test-dir build/cmake --output-on-failure --parallel $(JOBS)
 
-cuda-check: build  ## Compile the CUDA kernels for sm_80, sm_90a and sm_100a and read registers and spills
+cuda-check: build  ## Compile the CUDA kernels for sm_80, sm_90a and sm_100a, read registers and spills, link
 	@if grep -q 'CMAKE_CUDA_COMPILER:' build/cmake/CMakeCache.txt; then \
-	  $(VENV)/bin/cmake --build build/cmake --target ibq_cuda_check; \
+	  $(VENV)/bin/cmake --build build/cmake --target ibq_cuda_check ibq_cuda_link_check; \
 	else echo "cuda-check: no nvcc on this machine, CUDA kernels were not compiled"; fi
 
 triton-check: $(STAMP)  ## Compile the Triton kernels for sm_80, sm_90 and sm_100 and read registers and spills
@@ -75,7 +75,7 @@ sanitize: $(STAMP)  ## CTest under the address and undefined-behaviour sanitizer
 	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure --parallel $(JOBS)
 
 # On the Python that PYTHON names, with what is installed there: nothing is downloaded.
-gpu:  ## Build, check, measure and sanitize on the GPU of this machine; appends to bench/results/gpu.csv
+gpu:  ## Build, check, measure, sanitize on this machine's GPU, in five minutes: bench/results/gpu.csv
 	$(PYTHON) tools/gpu_suite.py $(GPU)
 
 gpu-rehearsal: build  ## The same stages on the CPU with tiny shapes

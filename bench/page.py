@@ -28,6 +28,12 @@ _KERNELS = {
         "Cross-entropy over a vocabulary of K codes from hidden states [N, D], forward and backward. "
         "Nominal cost 6·N·K·D operations, without the recomputation that saves the memory.",
     ),
+    "sampling": (
+        "Sampling",
+        "N guided images of 256 tokens from the base model (D = 1024, 16 blocks, a vocabulary of K codes), "
+        "greedy, against the straightforward sampler of the published code (`bench/plain_sampler.py`). "
+        "int8 is weight-only, its sums float32. docs/sampling.md has steps, tokens and bandwidth.",
+    ),
 }
 
 # Tables of a size are for sizes where several implementations meet; the others are points of a curve.
@@ -81,6 +87,9 @@ def _head(rows: Sequence[Row], command: str) -> str:
             "multiply-add rate measured in the same rounds on the same threads, in the mode's arithmetic. "
             f"*× {OURS}* is how many times longer than {OURS} in the same mode (float32 where it has none) "
             f"an implementation takes; in {OURS}'s own rows, than its float32.",
+            "",
+            "Nothing on this page ran on a GPU: `make gpu` measures there and appends to "
+            "`bench/results/gpu.csv`, which is empty as long as no GPU has been at hand.",
         ]
     )
 

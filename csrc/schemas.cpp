@@ -37,5 +37,9 @@ STABLE_TORCH_LIBRARY(ibq_fast, m) {
       "linear_cross_entropy_backward(Tensor grad_loss, Tensor hidden, Tensor head, Tensor? bias,"
       " Tensor targets, int ignore_index, float label_smoothing, Tensor lse)"
       " -> (Tensor grad_hidden, Tensor grad_head, Tensor grad_bias)");
+  m.def("skinny_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
+  m.def(
+      "generator_step(Tensor x, Tensor positions, Tensor[] weights, Tensor[] scales, Tensor modulation,"
+      " Tensor(a!) cache, Tensor rotary, int num_heads, float eps) -> Tensor");
   m.def("code_histogram(Tensor indices, int codebook_size) -> Tensor");
 }

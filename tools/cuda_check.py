@@ -3,11 +3,11 @@
     cuda_check.py compile --nvcc nvcc --architecture sm_90a --output DIR/sm_90a/x.cubin x.cu
     cuda_check.py report --budgets kernels/cuda/budgets.json DIR
 
-`compile` writes the cubin and, beside it, ptxas's report (.ptxas) and the PTX (.ptx). `report` reads
-DIR/<architecture>/ and prints a table for each; it exits with 1 if a kernel breaks its budget, has none, or
-a budget has no kernel. Matrix instructions are counted in the disassembly (HMMA, HGMMA, UTC*MMA) where
-cuobjdump is found: on the PATH, beside nvcc, or in an installed triton wheel. Elsewhere they are counted in
-the PTX, and the table says so.
+`compile` writes the cubin and, beside it, ptxas's report (.ptxas), the PTX (.ptx) and the object that is
+linked (.o). `report` reads DIR/<architecture>/ and prints a table for each; it exits with 1 if a kernel
+breaks its budget, has none, or a budget has no kernel. Matrix instructions are counted in the disassembly
+(HMMA, HGMMA, UTC*MMA) where cuobjdump is found: on the PATH, beside nvcc, or in an installed triton wheel.
+Elsewhere they are counted in the PTX, and the table says so.
 
 A budget holds for every architecture, or for those it names: {"registers": 168, "spill_bytes": 0,
 "matrix_instructions": true, "instructions": ["HGMMA", "UTMALDG"], "architectures": ["sm_90a"]}. Each of
@@ -24,6 +24,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,24 +54,22 @@ class Kernel:
 
 
 def compile_source(nvcc: str, architecture: str, source: Path, output: Path) -> int:
-    """Runs nvcc twice (cubin with ptxas's report, and PTX); nothing but complete results is left behind."""
+    """Runs nvcc once and keeps cubin, PTX, ptxas's report and object file; nothing incomplete is left."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    flags = ["-std=c++17", f"-arch={architecture}", "-O3", str(source)]
-    unfinished = output.with_suffix(".part")
-    built = subprocess.run(
-        [nvcc, "-cubin", "-Xptxas", "-v", *flags, "-o", str(unfinished)], capture_output=True, text=True
-    )
-    if built.returncode == 0:
+    target = f"arch={architecture.replace('sm_', 'compute_')},code={architecture}"
+    with tempfile.TemporaryDirectory(dir=output.parent) as kept:
+        command = [nvcc, "-c", "-std=c++17", f"-gencode={target}", "-O3", "-Xcompiler=-fPIC", "-Xptxas=-v"]
+        command += ["--keep", f"--keep-dir={kept}", str(source), "-o", f"{kept}/object"]
+        built = subprocess.run(command, capture_output=True, text=True)
+        if built.returncode != 0:
+            print(built.stdout, built.stderr, file=sys.stderr)
+            print(f"{source.name} does not compile for {architecture}", file=sys.stderr)
+            return 1
         output.with_suffix(".ptxas").write_text(built.stderr + built.stdout)
-        built = subprocess.run(
-            [nvcc, "-ptx", *flags, "-o", str(output.with_suffix(".ptx"))], capture_output=True, text=True
-        )
-    if built.returncode != 0:
-        print(
-            built.stdout, built.stderr, f"{source.name} does not compile for {architecture}", file=sys.stderr
-        )
-        return 1
-    unfinished.replace(output)
+        for suffix in (".ptx", ".cubin"):
+            (found,) = Path(kept).glob(f"*{suffix}")
+            found.replace(output.with_suffix(suffix))
+        Path(kept, "object").replace(output.with_suffix(".o"))
     return 0
 
 

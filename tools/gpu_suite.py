@@ -1,12 +1,17 @@
 """Everything that needs a GPU, in one go: build, check against float64, measure, sanitize; then a table.
 
-    gpu_suite.py [--device cuda|cpu] [--stages build,check,...] [--out DIR]
+    gpu_suite.py [--device cuda|cpu] [--stages build,check-native,...] [--seconds 280] [--out DIR]
 
 Runs on the Python it is started with and installs nothing. Each stage is a process with a time limit of its
-own, whose output goes to DIR/<stage>.log; a stage that fails or is stopped keeps what it has written and does
-not keep the next from running. What was measured is appended, figure by figure, to bench/results/gpu.csv;
-what was checked to ibq_fast/ops/gpu_checks.csv, from which the backend table learns once committed. After
-a first build the limits together are below six minutes.
+own, whose output goes to DIR/<stage>.log; the checks of the backends run side by side. What has happened is
+on disk at any moment: each figure is appended to bench/results/gpu.csv once it is known, the verdicts on what
+was checked to ibq_fast/ops/gpu_checks.csv (from which the backend table learns once committed) when the
+checks end, and DIR/run.json is written anew after each stage.
+
+A stage that fails or runs out of time says so, and the next goes on. A kernel that loses the device context
+or never ends takes its own process down; the stage is started again behind it. --seconds bounds the whole
+run, whatever the stages do: the default lets it be run twice in ten minutes. The second run re-uses the build
+and what was compiled on demand, so that it reaches stages for which the first had no time.
 
 --device cpu rehearses: the same stages over the CPU's backends on tiny shapes, results under DIR alone.
 The commit is git's; where the tree was copied without git, set IBQ_FAST_COMMIT.
@@ -18,188 +23,106 @@ import argparse
 import datetime
 import importlib.util
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-# What each stage cannot do without, and what only some of its parts want.
-NEEDED = {"build": ("torch", "setuptools", "wheel"), "check": ("torch", "pytest", "hypothesis")}
+import gpu_verdicts  # noqa: E402
+from gpu_stages import Outcome, Stage, run, run_together  # noqa: E402
+
+# Of one run: twice this, and the few seconds that a run needs around its stages, are less than ten minutes.
+RUN_SECONDS = 280.0
 WANTED = {
     "triton": "the triton backend",
     "cupy": "the cupy backend",
     "numpy": "percentiles of the benchmarks",
 }
+OPS = {
+    "search": "codebook_search,code_histogram",
+    "select": "straight_through_select",
+    "entropies": "softmax_statistics",
+    "training": "index_backprop",
+    "loss": "linear_cross_entropy",
+}
+PORTABLE = "native, portable"  # what the checks call native kernels without those for Hopper
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A process: its command, time limit in seconds, and the environment it wants beside ours."""
+def stages(device: str, out: Path, date: str, csv: Path, architecture: str | None) -> list[tuple[Stage, ...]]:
+    """The stages in their order; those of a tuple run side by side.
 
-    name: str
-    command: list[str]
-    seconds: float
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a stage ended: ``passed``, ``failed``, ``stopped`` (by its limit) or ``left out``, and why."""
-
-    stage: str
-    ended: str
-    seconds: float
-    words: str
-
-
-def stages(device: str, out: Path, date: str, csv: Path, architecture: str | None) -> list[Stage]:
-    """The stages in their order. The compiled peers come late: their compilation is what runs out of time."""
+    What a verdict depends on comes first, then the figures by weight. torch.compile comes late, because its
+    compilation is what runs out of time, and the sanitizer last.
+    """
     python, rehearsal = sys.executable, device == "cpu"
     build = {"IBQ_FAST_CUDA": "on"}
     if architecture:
         build["IBQ_FAST_CUDA_ARCHITECTURES"] = architecture
-    check = [python, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", f"--device={device}"]
-    check.append(f"--checks={out / 'checks.jsonl'}")
-    if rehearsal:
-        check += ["-k", "native-float32 or native-int64"]
+
+    def check(name: str, *more: str, **environment: str) -> Stage:
+        command = [
+            python,
+            "-m",
+            "pytest",
+            "tests/gpu",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:faulthandler",
+        ]
+        command += [f"--device={device}", *more]
+        if rehearsal:
+            command += ["-k", "native-float32 or native-int64"]
+        needs = ("torch", "pytest", "hypothesis")
+        return Stage(f"check-{name}", command, 80, environment, needs, resumes=True)
 
     def bench(group: str, seconds: float, *more: str) -> Stage:
         command = [python, "-m", "bench.gpu", f"--group={group}", f"--device={device}", f"--date={date}"]
         command += [f"--csv={csv}", f"--seconds={0.02 if rehearsal else 1.0}", *more]
-        return Stage("-".join((group, *(word.strip("-") for word in more))), command, seconds)
+        name = "-".join((group, *(word.strip("-") for word in more)))
+        return Stage(name, command, seconds, resumes=True)
 
-    sanitize = [python, "tools/gpu_sanitize.py", f"--device={device}", "--seconds=30"]
+    checks = [check("native", "--backend=native")]
+    if not rehearsal:
+        if architecture is not None and architecture.startswith("90"):
+            checks.append(
+                check("portable", "--backend=native", f"--called={PORTABLE}", IBQ_FAST_HOPPER="off")
+            )
+        checks.append(check("cupy", "--backend=cupy"))
+        checks += [check(f"triton-{n}", "--backend=triton", f"--ops={ops}") for n, ops in OPS.items()]
+        checks.append(check("graph", "--backend=graph"))
+        checks.append(check("composite", "--backend=composite"))
+    sanitize = [python, "tools/gpu_sanitize.py", f"--device={device}", "--seconds=24"]
     if rehearsal:
         sanitize.append("--tools=none")
     first = (
         Stage("build", [python, "-c", "import torch, ibq_fast._C"], 60)
         if rehearsal
-        else Stage("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 240, build)
+        else Stage(
+            "build",
+            [python, "setup.py", "-q", "build_ext", "--inplace"],
+            150,
+            build,
+            ("torch", "setuptools", "wheel"),
+        )
     )
     return [
-        first,
-        Stage("check", check, 90),
-        bench("search", 40),
-        bench("step", 50),
-        bench("cross_entropy", 30),
-        Stage("sanitize", sanitize, 65),
-        bench("search", 25, "--compiled"),
-        bench("step", 40, "--compiled"),
+        (first,),
+        tuple(checks),
+        (bench("search", 40),),
+        (bench("step", 50),),
+        (bench("cross_entropy", 35),),
+        (bench("decode", 45),),
+        (bench("search", 30, "--compiled"),),
+        (bench("step", 40, "--compiled"),),
+        (Stage("sanitize", sanitize, 55),),
     ]
-
-
-def run(stage: Stage, out: Path) -> Outcome:
-    """Run a stage to its end or its limit; its whole process group is stopped then."""
-    missing = [name for name in NEEDED.get(stage.name, ("torch",)) if importlib.util.find_spec(name) is None]
-    if missing:
-        return Outcome(stage.name, "left out", 0.0, f"not installed: {', '.join(missing)}")
-    begun = time.monotonic()
-    log = out / f"{stage.name}.log"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **stage.environment}
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            stage.command,
-            cwd=ROOT,
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code: int | None = process.wait(stage.seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _stop(process)
-    spent = time.monotonic() - begun
-    if code == 0:
-        return Outcome(stage.name, "passed", spent, _last_line(log))
-    if code is None:
-        return Outcome(
-            stage.name, "stopped", spent, f"after its limit of {stage.seconds:.0f} s; {_last_line(log)}"
-        )
-    return Outcome(stage.name, "failed", spent, f"exit code {code}; {_last_line(log)}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of the process and of the processes it started."""
-    for way in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, way)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip()[:160] if lines else "no output"
-
-
-def judged(file: Path) -> list[tuple[str, str, str, str]]:
-    """(op, backend, dtype, verdict) from what the tests wrote: ``passed`` when all planned tests of a subject
-    did, ``failed`` when one did not, ``unfinished`` when they were stopped before all had run."""
-    plan: dict[str, list[str]] = {}
-    outcomes: dict[str, str] = {}
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        record = json.loads(line)
-        plan.update(record.get("plan", {}))
-        if "node" in record:
-            outcomes[record["node"]] = record["outcome"]
-    nodes: dict[tuple[str, str, str], list[str]] = {}
-    for node, (op, backend, dtype) in plan.items():
-        nodes.setdefault((op, backend, dtype), []).append(outcomes.get(node, "not run"))
-    verdicts = []
-    for subject, found in nodes.items():
-        verdict = "failed" if "failed" in found else "unfinished" if "not run" in found else "passed"
-        verdicts.append((*subject, verdict))
-    return verdicts
-
-
-def record_checks(file: Path, target: Path, device: str, date: str) -> list[str]:
-    """Append finished verdicts to the file of checks; a line for each backend that says what they were."""
-    from bench.gpu import facts
-    from ibq_fast.ops import proof
-
-    known = facts.gather(device)
-    verdicts = judged(file)
-    proof.append(
-        [
-            proof.Check(
-                op,
-                backend,
-                known.architecture,
-                dtype,
-                verdict == "passed",
-                date,
-                known.commit,
-                known.gpu,
-                known.driver,
-            )
-            for op, backend, dtype, verdict in verdicts
-            if verdict != "unfinished" and backend != "composite"
-        ],
-        target,
-    )
-    lines = []
-    for backend in dict.fromkeys(row[1] for row in verdicts):
-        for verdict in ("passed", "failed", "unfinished"):
-            named = [f"{op} {dtype}" for op, b, dtype, v in verdicts if (b, v) == (backend, verdict)]
-            if named:
-                which = "" if verdict == "passed" else f"  {', '.join(named)}"
-                lines.append(f"  {backend:10} {verdict:10} {len(named):3}{which}")
-    return lines
 
 
 def describe(device: str) -> list[str]:
@@ -232,11 +155,13 @@ def cmake_architecture() -> str | None:
 
 
 def main(arguments: list[str] | None = None, say: Callable[[str], None] = print) -> int:
+    begun = time.monotonic()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--stages", help="comma-separated names (default: all)")
+    parser.add_argument("--seconds", type=float, default=RUN_SECONDS, help="of the whole run")
     parser.add_argument(
         "--out", type=Path, help="folder of logs (default: build/gpu, rehearsing build/gpu-rehearsal)"
     )
@@ -247,33 +172,38 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
     results = out if rehearsal else ROOT / "bench" / "results"
     checks = out / "gpu_checks.csv" if rehearsal else ROOT / "ibq_fast" / "ops" / "gpu_checks.csv"
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    if not rehearsal and cmake_architecture() is None:
+    architecture = None if rehearsal else cmake_architecture()
+    if not rehearsal and architecture is None:
         say("GPU suite: no CUDA device that torch can use; nothing was run (--device cpu rehearses)")
         return 3
-    architecture = None if rehearsal else cmake_architecture()
     planned = stages(options.device, out, date, results / "gpu.csv", architecture)
-    wanted = set(options.stages.split(",")) if options.stages else {stage.name for stage in planned}
-    unknown = wanted - {stage.name for stage in planned}
-    if unknown:
-        parser.error(
-            f"stages: expected some of {', '.join(s.name for s in planned)}, got {', '.join(unknown)}"
-        )
-    (out / "checks.jsonl").unlink(missing_ok=True)
+    names = [stage.name for group in planned for stage in group]
+    wanted = set(options.stages.split(",")) if options.stages else set(names)
+    if wanted - set(names):
+        parser.error(f"stages: expected some of {', '.join(names)}, got {', '.join(wanted - set(names))}")
+    for old in (*out.glob("*.jsonl"), *out.glob("*.hung")):
+        old.unlink()  # of an earlier run: a stage would go on behind it
+    record: dict[str, object] = {"date": date, "machine": describe(options.device), "outcomes": []}
     for line in describe(options.device):
         say(line)
-    outcomes = []
-    for stage in planned:
-        if stage.name not in wanted:
-            continue
-        outcomes.append(run(stage, out))
-        last = outcomes[-1]
-        say(f"{last.stage:22} {last.ended:9} {last.seconds:6.1f} s  {last.words}")
-        if stage.name == "check":
-            for line in record_checks(out / "checks.jsonl", checks, options.device, date):
+    outcomes: list[Outcome] = []
+    for group in planned:
+        here = [stage for stage in group if stage.name in wanted]
+        left = options.seconds - (time.monotonic() - begun)
+        ended = run_together(here, out, left) if len(here) > 1 else [run(stage, out, left) for stage in here]
+        for outcome in ended:
+            say(f"{outcome.stage:22} {outcome.ended:9} {outcome.seconds:6.1f} s  {outcome.words}")
+        outcomes += ended
+        if any(stage.name.startswith("check-") for stage in here):
+            verdicts = gpu_verdicts.judged([out / f"{stage.name}.jsonl" for stage in here])
+            gpu_verdicts.record(verdicts, checks, options.device, date)
+            record["verdicts"] = verdicts
+            for line in gpu_verdicts.lines(verdicts):
                 say(line)
+        record["outcomes"] = [asdict(outcome) for outcome in outcomes]
+        keep(record, out, () if rehearsal else (results / "gpu.csv", checks))
     for line in summary(results / "gpu.csv", date):
         say(line)
-    write(out, outcomes, results, checks, rehearsal)
     return 0 if all(outcome.ended == "passed" for outcome in outcomes) else 1
 
 
@@ -285,14 +215,12 @@ def summary(csv: Path, date: str) -> Iterable[str]:
     return table.table(rows) if rows else ["no figures"]
 
 
-def write(out: Path, outcomes: list[Outcome], results: Path, checks: Path, rehearsal: bool) -> None:
-    """Leave the outcomes, and copies of both CSVs, beside the logs: one folder holds a whole run."""
-    lines = [f"{o.stage}\t{o.ended}\t{o.seconds:.1f}\t{o.words}" for o in outcomes]
-    (out / "outcomes.tsv").write_text("\n".join(lines) + "\n")
-    if not rehearsal:
-        for file in (results / "gpu.csv", checks):
-            if file.is_file():
-                shutil.copy2(file, out)
+def keep(record: dict[str, object], out: Path, results: Iterable[Path]) -> None:
+    """Leave what is known of the run and copies of its results beside the logs: one folder holds it whole."""
+    (out / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+    for file in results:
+        if file.is_file():
+            shutil.copy2(file, out)
 
 
 if __name__ == "__main__":

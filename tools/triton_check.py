@@ -32,7 +32,8 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 SWEEP = dict.fromkeys(("LSE", "READOUT", "ENTROPY", "TARGET", "SMOOTH"), False)
-GROUPS = dict.fromkeys(("SELECT", "ENTROPY", "TARGET"), False)
+GROUPS = dict.fromkeys(("SELECT", "ENTROPY", "TARGET", "SKIP"), False)
+SKIP = {"SKIP": True}
 
 # Use -> (module of the kernel, entry in the table of tiles, flags).
 USES: dict[str, tuple[str, str, dict[str, bool]]] = {
@@ -41,15 +42,17 @@ USES: dict[str, tuple[str, str, dict[str, bool]]] = {
     "statistics": ("row_sweep", "statistics", SWEEP | {"ENTROPY": True}),
     "joint": ("row_sweep", "joint", SWEEP | {"LSE": True, "READOUT": True, "ENTROPY": True}),
     "loss": ("row_sweep", "cross_entropy", SWEEP | {"LSE": True, "TARGET": True}),
-    "column_means": ("column_means", "column_means", {}),
-    "moments": ("moments", "moments", {}),
+    "column_means": ("column_means", "column_means", {"BOUND": True}),
+    "moments": ("moments", "moments", SKIP),
     "rows, select": ("row_gradient", "row_gradient", GROUPS | {"SELECT": True}),
     "rows, entropies": ("row_gradient", "row_gradient", GROUPS | {"ENTROPY": True}),
     "rows, joint": ("row_gradient", "row_gradient", GROUPS | {"SELECT": True, "ENTROPY": True}),
+    "rows, skipping": ("row_gradient", "row_gradient", GROUPS | {"SELECT": True, "ENTROPY": True} | SKIP),
     "rows, loss": ("row_gradient", "loss_row_gradient", GROUPS | {"TARGET": True}),
     "codes, select": ("code_gradient", "code_gradient", GROUPS | {"SELECT": True}),
     "codes, entropies": ("code_gradient", "code_gradient", GROUPS | {"ENTROPY": True}),
     "codes, joint": ("code_gradient", "code_gradient", GROUPS | {"SELECT": True, "ENTROPY": True}),
+    "codes, skipping": ("code_gradient", "code_gradient", GROUPS | {"SELECT": True, "ENTROPY": True} | SKIP),
     "codes, loss": ("code_gradient", "loss_code_gradient", GROUPS | {"TARGET": True}),
 }
 # Kernels that join partial results: no tile of the table, nothing to multiply. Use -> (module, kernel,
@@ -91,6 +94,7 @@ INTEGERS = ("n", "k", "row_tiles", "code_tiles", "splits", "tiles_per_split")
 NUMBERS = ("scale", "inverse_tau", "hit", "share", "smoothing", "norm_weight")
 INDICES = {
     "index": "*i32",
+    "walk": "*i32",
     "peaks": "*i32",
     "counts": "*i32",
     "targets": "*i64",
@@ -139,9 +143,11 @@ def build(architecture: str, use: str, dtype: str, dimension: int) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from ibq_fast.ops.triton import plan
+    from ibq_fast.ops.triton import live, plan
 
     module, name, flags = USES.get(use) or FINISHERS[use]
+    if architecture in live.UNBOUNDED:
+        flags = {key: value and key not in ("BOUND", "SKIP") for key, value in flags.items()}
     kernels = importlib.import_module(f"ibq_fast.ops.triton.kernels.{module}")
     if use in USES:
         kernel = getattr(kernels, module)

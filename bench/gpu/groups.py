@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from bench import cross_entropy as ce
-from bench import eager, quantizer_step, search
+from bench import eager, quantizer_step, sampling, search
 from bench.cases import Case, features_and_codes, hidden_and_head, upstream_gradient
+from bench.gpu import decode
 from bench.gpu.table import CEILING
 from bench.suite import OURS, Entry
 from ibq_fast import ops
@@ -56,7 +57,7 @@ class Implementation:
 @dataclass(frozen=True)
 class Group:
     """cases: sizes and regimes. flops: dense operations of a case. verify(problem, entry, result) raises
-    AssertionError. backend_op: the operator whose backends are ours."""
+    AssertionError. images: whether a call makes the case's N images, long calls that are timed but once."""
 
     name: str
     cases: tuple[Case, ...]
@@ -64,6 +65,7 @@ class Group:
     flops: Callable[[Case], float]
     verify: Callable[[Any, Entry[Any], Any], None]
     implementations: Callable[[str], list[Implementation]]
+    images: bool = False
 
 
 def our_backends(op: str, device: str) -> list[str]:
@@ -222,6 +224,17 @@ def _loss_implementations(device: str) -> list[Implementation]:
     return found
 
 
+# --- sampling images --------------------------------------------------------------------------------------
+
+
+def _decode_implementations(device: str) -> list[Implementation]:
+    return [
+        Implementation(f"{OURS} graphs", functools.partial(decode.ours, True)),
+        Implementation(f"{OURS} composite", functools.partial(decode.ours, False)),
+        Implementation("plain sampler", decode.plain, check=False),
+    ]
+
+
 def groups(tiny: bool) -> dict[str, Group]:
     """The groups by name, at full size or so small that a CPU runs them in seconds."""
     k, d, c = (512, 32, 48) if tiny else (262144, 256, 1024)
@@ -246,4 +259,14 @@ def groups(tiny: bool) -> dict[str, Group]:
     found = Group(
         "search", cases, SearchProblem, lambda case: case.product, search.check, _search_implementations
     )
-    return {group.name: group for group in (found, step, loss)}
+    codes, width = (50, 32) if tiny else (16384, sampling.BASE_WIDTH)
+    images = Group(
+        "decode",
+        tuple(Case(n, codes, width) for n in ((2,) if tiny else (1, 50))),
+        decode.Problem,
+        sampling.SUITE.flops,
+        sampling.check,
+        _decode_implementations,
+        images=True,
+    )
+    return {group.name: group for group in (found, step, loss, images)}

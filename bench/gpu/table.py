@@ -16,9 +16,10 @@ CEILING, SQUARE = "matmul", "square matmul"
 class Row:
     """One figure of one implementation at one size.
 
-    group: search, step or cross_entropy. provider: ibq_fast and its backend, or a peer. regime: of the
-    logits, or "". metric: "time" (ms; p20, p50, p80 over rounds), "throughput" (TFLOP/s of the dense
-    operations), "extra memory" (MB), or "not measured", whose reason stands in ``unit``. date: of the run.
+    group: search, step, cross_entropy or decode. provider: ibq_fast and its backend, or a peer. regime: of
+    the logits, or "". metric: "time" (ms; p20, p50, p80 over rounds), "throughput" (TFLOP/s of the dense
+    operations), "extra memory" (MB), "images" (a second), or "not measured", whose reason stands in
+    ``unit``. date: of the run.
     """
 
     group: str
@@ -86,5 +87,6 @@ def table(rows: Sequence[Row]) -> list[str]:
             rate = found["throughput"].p50
             share = f"{rate / ceiling:9.0%}" if ceiling else f"{'':9}"
             memory = f"{found['extra memory'].p50:9.0f}" if "extra memory" in found else f"{'':9}"
-            lines.append(f"  {provider:48} {found['time'].p50:9.3f} {rate:8.1f} {share} {memory}")
+            images = f"  {found['images'].p50:.3g} images/s" if "images" in found else ""
+            lines.append(f"  {provider:48} {found['time'].p50:9.3f} {rate:8.1f} {share} {memory}{images}")
     return lines

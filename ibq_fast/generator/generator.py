@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ibq_fast.checkpoint.pretrained import PretrainedMixin, build_and_load
 from ibq_fast.generator import arguments
-from ibq_fast.generator.cache import KVCache
 from ibq_fast.generator.config import GeneratorConfig
+from ibq_fast.generator.decoder import Decoder, precision_of
 from ibq_fast.generator.rotary import RotaryTable
 from ibq_fast.generator.sampler import sample_tokens
 from ibq_fast.generator.transformer import Block, HeadNorm
@@ -61,7 +61,7 @@ class Generator(PretrainedMixin, nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_norm = HeadNorm(config)
         self.head = nn.Linear(width, config.vocab_size, bias=False)
-        self._cache: KVCache | None = None
+        self._decoder: tuple[tuple[Any, ...], Decoder] | None = None
         self.reset_parameters()
 
     @property
@@ -119,13 +119,13 @@ class Generator(PretrainedMixin, nn.Module):
         that probability.
 
         Row i is image ``first_image + i`` of the run ``seed``. Its random numbers depend on those two, the
-        position and the code alone, so a run may be cut into calls anywhere and gives the same images. One
-        caveat: logits come from matrix products, whose last bits a library may let depend on the number of
-        rows. Rows are padded to multiples of 8, for which products agree bit by bit on the CPUs measured;
-        elsewhere a draw closer than float rounding may come out differently.
+        position and the code alone, so a run may be cut into calls anywhere and gives the same images. On the
+        CPU that holds bit for bit: the native kernels give a row the same bits in any batch. The composite
+        backend rests on a library's products, whose last bits may depend on the number of rows: there a draw
+        closer than float rounding may come out differently.
 
         ``progress(done, total)`` is called after every position. Works in training mode too, always without
-        dropout. The key-value cache is kept for the next call; ``train()`` frees it.
+        dropout. The decoder with its key-value cache is kept for the next call; ``train()`` frees it.
         """
         ids = arguments.sampled_classes(class_ids, self.config, self.head.weight.device)
         arguments.check_sampling(cfg_scale, temperature, top_k, top_p, seed, first_image)
@@ -157,18 +157,22 @@ class Generator(PretrainedMixin, nn.Module):
         activated = F.silu(class_vectors)
         return (self.shared_adaln(activated) if self.config.shared_adaln else activated), activated
 
-    def kv_cache(self, rows: int) -> KVCache:
-        """The cache for ``rows`` sequences, allocated once and kept while it is large enough."""
-        weight = self.head.weight
-        if self._cache is None or not self._cache.fits(rows, weight.dtype, weight.device):
-            self._cache = None
-            self._cache = KVCache(self.config, rows, weight.dtype, weight.device)
-        return self._cache
+    def decoder(self, rows: int, precision: str | None = None) -> Decoder:
+        """A decoder for at least ``rows`` sequences, made once and kept while it is large enough and the
+        weights are the ones that it was made from. ``precision``: "float32", "bf16", "int8", ...; None is
+        the model's."""
+        precision = precision_of(self, precision)
+        weights = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self.parameters())
+        key = (precision, weights)
+        if self._decoder is None or self._decoder[0] != key or self._decoder[1].rows < rows:
+            self._decoder = None
+            self._decoder = key, Decoder(self, rows, precision=precision)
+        return self._decoder[1]
 
     def train(self, mode: bool = True) -> Generator:
-        """As ``nn.Module.train``; entering training mode frees the sampling cache."""
+        """As ``nn.Module.train``; entering training mode frees the decoder."""
         if mode:
-            self._cache = None
+            self._decoder = None
         super().train(mode)
         return self
 

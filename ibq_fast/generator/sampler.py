@@ -10,10 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ibq_fast.generator.decoder import ROW_GROUP, Decoder, round_up
 from ibq_fast.generator.filtering import filter_logits
 from ibq_fast.generator.philox import gumbel
 
@@ -43,26 +41,24 @@ def sample_tokens(
     if images == 0:
         return tokens
     branches = 1 if guidance is None else 2
-    slots = round_up(images, ROW_GROUP // branches)
-    slot_ids = F.pad(class_ids, (0, slots - images), value=model.null_class)
+    rows = branches * images
+    row_classes = class_ids
     if guidance is not None:
-        slot_ids = torch.cat((slot_ids, torch.full_like(slot_ids, model.null_class)))
+        row_classes = torch.cat((class_ids, torch.full_like(class_ids, model.null_class)))
     image_ids = torch.arange(first_image, first_image + images, device=class_ids.device)
 
-    decoder = Decoder(model, slot_ids)
-    x = decoder.class_vectors
-    inputs = class_ids.new_zeros(slots)
+    decoder = model.decoder(rows)
+    decoder.admit(torch.arange(rows), row_classes)
+    inputs = class_ids.new_zeros(rows)
     for position in range(total):
         if position > 0:
-            inputs[:images] = tokens[:, position - 1]
-            x = model.embed_tokens(inputs)
-            x = x if branches == 1 else x.repeat(2, 1)
-        hidden = decoder.step(x, position)
+            inputs = tokens[:, position - 1].repeat(branches)
+        positions = torch.full((rows,), position)
+        hidden = decoder.advance(inputs, positions)
         if guidance is not None:
             conditional, unconditional = hidden.chunk(2)
             hidden = torch.lerp(unconditional, conditional, guidance)
-        hidden = F.pad(hidden, (0, 0, 0, round_up(slots, ROW_GROUP) - slots))
-        logits = model.head(hidden)[:images].float()
+        logits = decoder.logits(hidden).float()
         tokens[:, position] = choose_tokens(
             logits,
             temperature=temperature,

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ibq_fast.ops import backends, checks, cupy, entropy, native, select
+from ibq_fast.ops import backends, checks, cupy, entropy, native, select, triton
 from ibq_fast.ops.blocks import bias_with_norms
 from ibq_fast.ops.registration import Operator, no_second_derivative, overload, register, save_nothing
 
@@ -130,9 +130,14 @@ def fake(
 ) -> tuple[Tensor, ...]:
     selected = select.fake(namespace, z, codebook, bias, scale)
     statistics = entropy.fake(namespace, z, codebook, bias, scale, temperature)
+    n, k = z.shape[0], codebook.shape[0]
+    if namespace == triton.NAMESPACE:
+        from ibq_fast.ops.triton import live
+
+        bound = z.new_empty((2, *live.grid(z, k)), dtype=torch.float32)
+        return *selected, *statistics, bound, z.new_empty(0, dtype=torch.uint8)
     if namespace not in (native.NAMESPACE, cupy.NAMESPACE):
         return *selected, *statistics, *_nothing_kept(z)
-    n, k = z.shape[0], codebook.shape[0]
     device_type = z.device.type if namespace == native.NAMESPACE else "cuda"
     bound = z.new_empty((2, *native.tile_grid(n, k, device_type)), dtype=torch.float32)
     listed = native.candidate_bytes(n, k) if device_type == "cpu" else 0

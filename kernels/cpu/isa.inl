@@ -4,14 +4,17 @@
 #include <immintrin.h>
 #endif
 #include <math.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include <type_traits>
 #include <utility>
 
 #include "kernels/cpu/codebook.h"
 #include "kernels/cpu/cross_entropy_api.h"
+#include "kernels/cpu/decode_api.h"
 
 namespace ibq::cpu {
 namespace {
@@ -32,6 +35,9 @@ namespace {
 #include "kernels/cpu/entry.h"
 #include "kernels/cpu/group_tile.h"
 #include "kernels/cpu/cross_entropy.h"
+#include "kernels/cpu/crew.h"
+#include "kernels/cpu/skinny.h"
+#include "kernels/cpu/decode.h"
 // clang-format on
 }  // namespace
 
@@ -45,5 +51,7 @@ const Kernels IBQ_KERNELS = {IBQ_ISA_NAME,
                              kBlock,
                              kBoundedFrom,
                              &cross_entropy_forward,
-                             &cross_entropy_backward};
+                             &cross_entropy_backward,
+                             &skinny_linear,
+                             &generator_step};
 }  // namespace ibq::cpu

@@ -26,7 +26,8 @@ const char* ibq_cuda_error_string(int error);
 const char* ibq_cuda_hopper_refusal(const void* z, const void* codebook, int64_t N, int64_t K, int64_t D,
                                     ibq_dtype dtype);
 
-// allow = 0 makes every later call of the process use the portable kernels; the start is 1.
+// allow = 0 makes every later call of the process use the portable kernels. The start is 1, or 0 where the
+// environment variable IBQ_FAST_HOPPER is "off".
 void ibq_cuda_allow_hopper(int allow);
 
 // Bytes of workspace for ibq_cuda_codebook_search on the current device into *bytes. It grows with N and the

@@ -1,4 +1,5 @@
 // The search sweep with the sums that training needs (search_kernel.cuh). UNRUN ON A GPU.
+#include "hopper/hopper.h"
 #include "launches.h"
 #include "search_kernel.cuh"
 
@@ -22,6 +23,8 @@ cudaError_t launch_search(const Launch& launch, const SearchArguments& args) {
 }  // namespace
 
 cudaError_t launch_kernel(const Launch& launch, const SearchArguments& args) {
+  if (hopper::takes_over(launch.kernel, launch.element, args))
+    return static_cast<cudaError_t>(hopper::launch(launch.kernel, launch.element, args, launch.stream));
   switch (launch.element) {
     case Element::f32:
       return launch_search<Element::f32>(launch, args);

@@ -11,7 +11,9 @@ import torch
 from torch.testing import assert_close
 
 from ibq_fast.generator import Generator, sampler
+from ibq_fast.generator import decoder as decoder_module
 from ibq_fast.generator.decoder import Decoder
+from ibq_fast.ops.skinny_linear import skinny_linear
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -31,10 +33,12 @@ def test_cached_decoding_equals_the_full_forward_at_every_step(
     model = make_generator(**settings)
     tokens = torch.randint(0, 50, (3, 11))
     full = model(tokens, CLASSES)
-    decoder = Decoder(model, CLASSES)
+    decoder = Decoder(model, 3)
+    decoder.admit(torch.arange(3), CLASSES)
     for position in range(12):
-        x = model.embed_tokens(tokens[:, position - 1]) if position else decoder.class_vectors
-        assert_close(model.head(decoder.step(x, position)), full[:, position], rtol=1e-5, atol=1e-5)
+        positions = torch.full((3,), position)
+        x = decoder.inputs(tokens[:, position - 1], positions)
+        assert_close(decoder.logits(decoder.step(x, positions)), full[:, position], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
@@ -106,32 +110,32 @@ def test_the_cache_is_allocated_once_and_old_contents_do_not_matter(
 ) -> None:
     model = make_generator()
     first = model.sample(CLASSES, 2.0)
-    memory = model.kv_cache(1).memory
+    memory = model.decoder(1).cache
     memory.fill_(torch.nan)
     assert torch.equal(model.sample(CLASSES, 2.0), first)
-    assert model.kv_cache(1).memory is memory
+    assert model.decoder(1).cache is memory
     model.sample(torch.arange(40) % 5)
-    assert model.kv_cache(1).memory.shape[2] == 40
+    assert model.decoder(1).cache.shape[2] == 40
     model.train()
-    assert model._cache is None
+    assert model._decoder is None
     assert "cache" not in "".join(model.state_dict())
 
 
-def test_class_projections_run_once_per_call(make_generator: Callable[..., Generator]) -> None:
+def test_class_projections_and_the_head_run_no_more_than_they_must(
+    make_generator: Callable[..., Generator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every class once per call, and one head product per position in spite of guidance."""
     model = make_generator()
-    calls: list[int] = []
-    for block in model.layers():
-        block.adaln.register_forward_hook(lambda *_: calls.append(1))
-    model.sample(CLASSES, 2.0)
-    assert len(calls) == model.config.depth
+    products: list[tuple[int, int]] = []
 
+    def counted(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        products.append((x.shape[0], weight.shape[0]))
+        return skinny_linear(x, weight, *rest, **options)
 
-def test_guidance_costs_one_head_product_per_position(make_generator: Callable[..., Generator]) -> None:
-    model = make_generator()
-    rows: list[int] = []
-    model.head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
-    model.sample(torch.arange(16) % 5, 2.0)
-    assert rows == [16] * 12
+    monkeypatch.setattr(decoder_module, "skinny_linear", counted)
+    model.sample(torch.arange(16) % 3, 2.0)
+    classes = 4
+    assert products == [(classes, 6 * 32)] * 2 + [(classes, 2 * 32)] + [(16, 50)] * 12
 
 
 @pytest.mark.parametrize("cfg_scale", [None, 1.7])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ibq_fast.ops.blocks import bias_with_norms
-from ibq_fast.ops.triton import plan
+from ibq_fast.ops.triton import live, plan
 from ibq_fast.ops.triton.kernels.column_means import column_means
 from ibq_fast.ops.triton.kernels.finish_rows import finish_rows
 from ibq_fast.ops.triton.kernels.histogram import count_codes
@@ -115,9 +115,16 @@ def sweep(
 
 
 def mean_probability(
-    z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, temperature: float, rows: Tensor
+    z: Tensor,
+    codebook: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    temperature: float,
+    rows: Tensor,
+    bounds: Tensor | None = None,
 ) -> Tensor:
-    """Mean over rows of softmax(S/τ) [K]; rows: as ``sweep`` left them."""
+    """Mean over rows of softmax(S/τ) [K]; rows: as ``sweep`` left them. ``bounds``, which a tile of live.py
+    has to have, is filled on the way."""
     n, k, d = sizes(z, codebook)
     blocks = plan.blocks("column_means", z)
     code_tiles = plan.ceil_div(k, blocks.tile.codes)
@@ -127,15 +134,17 @@ def mean_probability(
         z,
         codebook,
         sums if bias is None else bias.contiguous(),
-        torch.stack((rows[0], rows[4])),
+        torch.stack((rows[0], rows[4], rows[1])),
         sums,
+        sums if bounds is None else bounds,
         n,
         k,
         scale,
         1.0 / temperature,
         code_tiles,
+        plan.ceil_div(n, blocks.tile.rows),
         each,
-        **blocks.constants(D=d, BIAS=bias is not None, PRECISION=precision(z)),
+        **blocks.constants(D=d, BIAS=bias is not None, BOUND=bounds is not None, PRECISION=precision(z)),
     )
     return sums.sum(dim=0) / n
 
@@ -176,14 +185,16 @@ def index_backprop(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     z, codebook = operand(z), operand(codebook)
     bias = bias_with_norms(codebook, bias, norm_weight)
-    kept = empty(z, 2, 0, 0), z.new_empty(0, dtype=torch.uint8)
+    bounds = empty(z, 2, *live.grid(z, codebook.shape[0]))
+    kept = bounds, z.new_empty(0, dtype=torch.uint8)
     if z.shape[0] == 0:
         selected = straight_through_select(z, codebook, bias, scale)
         return *selected, *softmax_statistics(z, codebook, bias, scale, temperature), *kept
     out = sweep(
         "joint", z, codebook, bias, scale, temperature=temperature, lse=True, readout=True, entropy=True
     )
-    mean = mean_probability(z, codebook, bias, scale, temperature, out.rows)
+    bounded = bounds if bounds.shape[1] > 0 else None
+    mean = mean_probability(z, codebook, bias, scale, temperature, out.rows, bounded)
     _, lse, row_entropy, lse_tau, _ = (row.clone() for row in out.rows)
     selected = (*_gathered(codebook, out.indices), lse, out.readout)
     return *selected, row_entropy, mean, lse_tau, *kept

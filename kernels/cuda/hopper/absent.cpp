@@ -13,8 +13,10 @@ const char* refusal(int64_t, int64_t, int64_t, ibq_dtype, uint64_t) {
 
 int encode_tensor_map(const TensorMapRequest&, TensorMap*) { return kNotSupported; }
 
+bool takes_over(Kernel, Element, const SearchArguments&) { return false; }
 bool takes_over(Kernel, Element, const SweepArguments&) { return false; }
 bool takes_over(Kernel, Element, const ProductArguments&) { return false; }
+int launch(Kernel, Element, const SearchArguments&, void*) { return kNotSupported; }
 int launch(Kernel, const SweepArguments&, void*) { return kNotSupported; }
 int launch(Kernel, const ProductArguments&, void*) { return kNotSupported; }
 

@@ -16,10 +16,11 @@ const char* refusal(int64_t N, int64_t K, int64_t D, ibq_dtype dtype, uint64_t a
 int encode_tensor_map(const TensorMapRequest& request, TensorMap* map);
 
 // Whether a launch of the training sequences goes to the Hopper kernels: `takes` (substitutes.h) on a device
-// that has them. Their row tiles, splits and workspace are the portable kernels', so each launch decides for
-// itself.
+// that has them. Their splits and workspace are the portable kernels', so each launch decides for itself.
+bool takes_over(Kernel kernel, Element element, const SearchArguments& args);
 bool takes_over(Kernel kernel, Element element, const SweepArguments& args);
 bool takes_over(Kernel kernel, Element element, const ProductArguments& args);
+int launch(Kernel kernel, Element element, const SearchArguments& args, void* stream);
 int launch(Kernel kernel, const SweepArguments& args, void* stream);
 int launch(Kernel kernel, const ProductArguments& args, void* stream);
 

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 
 #include "hopper.h"
@@ -12,7 +13,12 @@ namespace {
 
 using namespace ibq::cuda::hopper;
 
-std::atomic<bool> allowed{true};
+bool allowed_by_environment() {
+  const char* said = std::getenv("IBQ_FAST_HOPPER");
+  return said == nullptr || std::strcmp(said, "off") != 0;
+}
+
+std::atomic<bool> allowed{allowed_by_environment()};
 
 static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
 static_assert(CU_TENSOR_MAP_DATA_TYPE_FLOAT16 == 6 && CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 == 9);
@@ -43,7 +49,7 @@ Encode encode_function() {
 namespace ibq::cuda::hopper {
 
 const char* refusal(int64_t N, int64_t K, int64_t D, ibq_dtype dtype, uint64_t address_bits) {
-  if (!allowed) return "switched off by ibq_cuda_allow_hopper";
+  if (!allowed) return "switched off by IBQ_FAST_HOPPER=off or ibq_cuda_allow_hopper";
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess)

@@ -4,19 +4,20 @@
 // STATUS: NEVER RUN ON A GPU. Compiled for sm_90a without spills; executed on the CPU under
 // kernels/tests/hopper_emulator.h.
 //
-// Contract. As there, for bf16 weights and operand, D = 64, 128, 192 or 256, 16-byte aligned rows.
+// Contract. As there, for bf16 weights and operand, D a multiple of 64, 16-byte aligned rows.
 //
 // Cost. 2 * rows * depth * D operations over live tiles. A stage is 16 KB of W and 64 rows of B (32 KB at D =
 // 256) for 1024 tensor cycles: 48 bytes a cycle from L2.
 //
-// Structure. 128 rows × all columns of the output a block, 64 rows (m64nD, up to 128 accumulators a thread) a
-// warpgroup; a producer thread fills a ring of stages 64 deep. Both operands are used as they lie: B has its
+// Structure. 128 rows × up to 256 columns of the output a block, 64 rows (up to 128 accumulators a thread) a
+// warpgroup; blocks side by side cover wider outputs, and columns past the last are zeros of the copy engine.
+//  a producer thread fills a ring of stages 64 deep. Both operands are used as they lie: B has its
 // columns contiguous, W its codes, which is the depth in W B and the rows of the output in W^T B.
 #pragma once
 
 #include "operand.cuh"
+#include "parameters.h"
 #include "product_plan.h"
-#include "sweep_parameters.h"
 
 namespace ibq::cuda::hopper {
 
@@ -33,14 +34,21 @@ struct Part {
   int64_t row_tile;
   int64_t split;
   int32_t first, end;
+  int32_t column;  // the first of the output
 };
 
-IBQ_DEVICE Part part_of_block(const ProductPlan& plan) {
-  const int64_t split = blockIdx.x / plan.row_tiles;
+// Column tiles innermost: they read the same weights.
+template <int kPanels>
+IBQ_DEVICE Part part_of_block(const ProductArguments& args) {
+  const ProductPlan& plan = args.plan;
+  const int64_t column_tiles = product_column_tiles(args.D);
+  const int64_t tile = blockIdx.x / column_tiles;
+  const int64_t split = tile / plan.row_tiles;
   const int64_t first = split * plan.tiles_per_split;
   const int64_t end = first + plan.tiles_per_split;
-  return {blockIdx.x % plan.row_tiles, split, static_cast<int32_t>(first),
-          static_cast<int32_t>(end < plan.depth_tiles ? end : plan.depth_tiles)};
+  return {tile % plan.row_tiles, split, static_cast<int32_t>(first),
+          static_cast<int32_t>(end < plan.depth_tiles ? end : plan.depth_tiles),
+          static_cast<int32_t>(blockIdx.x % column_tiles) * 64 * kPanels};
 }
 
 template <bool kTransposed>
@@ -76,7 +84,7 @@ IBQ_DEVICE void produce(const ProductParameters& p, const Part& part, SharedAddr
       }
       IBQ_UNROLL
       for (int panel = 0; panel < kPanels; ++panel)
-        copy_box(b + panel * panel_bytes(kStageDepth), p.operand, panel * kMapColumns,
+        copy_box(b + panel * panel_bytes(kStageDepth), p.operand, part.column + panel * kMapColumns,
                  static_cast<int>(p.args.operand_row) + depth, barriers.full(stage));
       if (++stage == p.stages) {
         stage = 0;
@@ -91,7 +99,6 @@ IBQ_DEVICE void consume(const ProductParameters& p, const Part& part, SharedAddr
                         const Barriers& barriers, int warpgroup) {
   constexpr int kStageBytes = stage_bytes_of(kPanels);
   constexpr int kRegisters = 32 * kPanels;
-  constexpr int kD = 64 * kPanels;
   const int lane = static_cast<int>(threadIdx.x) & 31;
   const int warp = static_cast<int>(threadIdx.x) >> 5 & 3;
   float sums[kRegisters];
@@ -137,17 +144,19 @@ IBQ_DEVICE void consume(const ProductParameters& p, const Part& part, SharedAddr
   for (int h = 0; h < 2; ++h) {
     const int64_t row = part.row_tile * kProductTileRows + warpgroup * 64 + warp * 16 + (lane >> 2) + 8 * h;
     if (row >= args.rows) continue;
-    const int64_t place = row * kD + (lane & 3) * 2;
+    const int32_t first = part.column + (lane & 3) * 2;
+    const int64_t place = row * args.D + first;
     IBQ_UNROLL
     for (int i = 0; i < kRegisters / 2; ++i) {
-      const int64_t column = place + 8 * (i / 2) + i % 2;
+      const int column = 8 * (i / 2) + i % 2;
       const float sum = sums[4 * (i / 2) + 2 * h + i % 2];
+      if (kPanels == kMaxPanels && first + column >= args.D) continue;
       if (args.partial != nullptr) {
-        args.partial[part.split * args.rows * kD + column] = held < 0 ? 0.0f : sum;
+        args.partial[part.split * args.rows * args.D + place + column] = held < 0 ? 0.0f : sum;
       } else if (args.atomic) {
-        atomic_add_global(args.out + column, args.factor * sum);
+        atomic_add_global(args.out + place + column, args.factor * sum);
       } else {
-        args.out[column] += args.factor * sum;
+        args.out[place + column] += args.factor * sum;
       }
     }
   }
@@ -155,8 +164,8 @@ IBQ_DEVICE void consume(const ProductParameters& p, const Part& part, SharedAddr
 
 }  // namespace products
 
-// Grid: args.plan.row_tiles * args.plan.splits blocks of kStreamThreads, ProductStages::shared_bytes of
-// dynamic shared memory.
+// Grid: args.plan.row_tiles * args.plan.splits * product_column_tiles(D) blocks of kStreamThreads,
+// ProductStages::shared_bytes of dynamic shared memory.
 template <bool kBf16, bool kTransposed, int kPanels>
 IBQ_KERNEL(kStreamThreads, 1)
 hopper_product_kernel(const IBQ_GRID_CONSTANT ProductParameters p) {
@@ -171,7 +180,7 @@ hopper_product_kernel(const IBQ_GRID_CONSTANT ProductParameters p) {
     barrier_init_fence();
   }
   block_barrier();
-  const products::Part part = products::part_of_block(p.args.plan);
+  const products::Part part = products::part_of_block<kPanels>(p.args);
   if (threadIdx.x < 128) {
     give_up_registers<24>();
     if (threadIdx.x == 0) products::produce<kTransposed, kPanels>(p, part, shared, barriers);

@@ -16,9 +16,16 @@ struct ProductStages {
   int64_t shared_bytes;
 };
 
-IBQ_HD ProductStages plan_product_stages(int64_t D, int64_t shared_limit) {
+// Columns of the output in a block, in panels of 64, and how many blocks side by side cover it.
+constexpr int kMaxPanels = 4;
+IBQ_HD int product_panels(int64_t D) {
+  return static_cast<int>(D < 64 * kMaxPanels ? ceil_div(D, int64_t{64}) : kMaxPanels);
+}
+IBQ_HD int64_t product_column_tiles(int64_t D) { return ceil_div(D, int64_t{64} * product_panels(D)); }
+
+IBQ_HD ProductStages plan_product_stages(int panels, int64_t shared_limit) {
   constexpr int kMost = 6;
-  const int64_t bytes = stage_bytes_of(static_cast<int>(D / 64)) + 16;  // and its two barriers
+  const int64_t bytes = stage_bytes_of(panels) + 16;  // and its two barriers
   const int64_t fit = shared_limit / bytes;
   const int count = fit < 2 ? 0 : static_cast<int>(fit < kMost ? fit : kMost);
   return {count, count * bytes};

@@ -1,15 +1,15 @@
 // The instructions of compute capability 9.0a that the Hopper kernels use, each as one inline function.
 //
 // As with intrinsics.cuh: kernels write no assembly themselves, need no CUDA header, and compile as C++ with
-// IBQ_SIMT_EMULATION, where kernels/tests/hopper_emulator.h gives every function the meaning that the PTX ISA
-// documents (sections on wgmma, mbarrier, cp.async.bulk.tensor, barrier, setmaxnreg).
+// IBQ_SIMT_EMULATION, where kernels/tests/hopper_instructions.h gives every function the meaning that the PTX
+// ISA documents (sections on wgmma, mbarrier, cp.async.bulk.tensor, barrier, setmaxnreg).
 #pragma once
 
 #include "../intrinsics.cuh"
 #include "tensor_map.h"
 
 #if defined(IBQ_SIMT_EMULATION)
-#include "../../tests/hopper_emulator.h"
+#include "../../tests/hopper_instructions.h"
 #else
 
 #define IBQ_GRID_CONSTANT __grid_constant__

@@ -1,4 +1,5 @@
-// The frame of the Hopper kernels that form logits: rows stay in shared memory, codes stream past them.
+// The frame of the Hopper kernels that form logits: rows stay in shared memory and codes stream past them, or
+// both are streamed.
 //
 // One producer thread drives the copy engine; two consumer warpgroups multiply. The codebook comes through a
 // ring of panels of 64 columns (16 KB for 128 codes), each read by both warpgroups; the resident rows keep
@@ -13,6 +14,11 @@
 //   * The warpgroups take turns on the tensor cores (named barriers): while one multiplies (2048 cycles at
 //     D = 256) the other runs its epilogue. The turn passes when only the last panel of a step is still in
 //     flight, so the tensor cores never run dry.
+//   * StreamedRows, StreamedCodes, for rows of more than 256 columns: a stage of the ring holds a panel of
+//   the
+//     rows beside the codes', 48 KB for 1024 tensor cycles. Nobody takes turns: a warpgroup that runs its
+//     epilogue leaves the tensor cores to the other, which the ring of 4 stages lets go on for as long, and
+//     they stay apart from then on. At C = 1,024 an epilogue is a fifteenth of a step.
 //   * setmaxnreg moves registers from the producer (24) to the consumers (240).
 // Work items are (row tile, split of the codes), row tile first, so that blocks of one wave walk the same
 // codes. A block takes every gridDim-th item.
@@ -55,7 +61,7 @@ struct Box {
 // A Task says what the work is, to producer and consumers alike:
 //   schedule()               its items
 //   codes(tile)              Box of a tile of codes
-//   resident(row_tile, i)    Box i of the resident rows
+//   rows(row_tile, i)        Box i of its rows
 //   live(row_tile, tile)     whether the tile is formed at all
 template <typename Shape, typename Task>
 IBQ_DEVICE bool step_is_live(const Task& task, int row_tile, int tile, int end_tile) {
@@ -72,8 +78,9 @@ IBQ_DEVICE uint32_t parity_of_item(int item) { return static_cast<uint32_t>(item
 template <typename Shape, typename Task>
 IBQ_DEVICE void produce(const Task& task, const StreamPlan& plan, SharedAddress shared,
                         const Barriers& barriers) {
-  constexpr int kStageBytes = Shape::kTiles * kBoxBytes;
-  const int row_bytes = plan.panels * Shape::kResident * kBoxBytes;
+  constexpr int kStageBytes = stage_boxes<Shape>() * kBoxBytes;
+  constexpr int kCodesAt = kStageBytes - Shape::kTiles * kBoxBytes;
+  const int row_bytes = Shape::kStreamed ? 0 : plan.panels * Shape::kRowBoxes * kBoxBytes;
   const SharedAddress ring = shared + static_cast<SharedAddress>(row_bytes);
   const TileSchedule schedule = task.schedule();
   const int items = static_cast<int>(schedule.blocks());
@@ -81,13 +88,16 @@ IBQ_DEVICE void produce(const Task& task, const StreamPlan& plan, SharedAddress 
   IBQ_UNROLL_BY(1)
   for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
     const int row_tile = static_cast<int>(schedule.row_tile(item));
-    barrier_wait(barriers.rows_empty(), parity_of_item(item) ^ 1);  // at first for the phase before: no wait
-    barrier_arrive_expect(barriers.rows_full(), row_bytes);
-    IBQ_UNROLL_BY(1)
-    for (int piece = 0; piece < plan.panels * Shape::kResident; ++piece) {
-      const Box box = task.resident(row_tile, piece % Shape::kResident);
-      copy_box(shared + static_cast<SharedAddress>(piece * kBoxBytes), *box.map,
-               piece / Shape::kResident * kMapColumns, box.row, barriers.rows_full());
+    if constexpr (!Shape::kStreamed) {
+      barrier_wait(barriers.rows_empty(),
+                   parity_of_item(item) ^ 1);  // at first for the phase before: no wait
+      barrier_arrive_expect(barriers.rows_full(), row_bytes);
+      IBQ_UNROLL_BY(1)
+      for (int piece = 0; piece < plan.panels * Shape::kRowBoxes; ++piece) {
+        const Box box = task.rows(row_tile, piece % Shape::kRowBoxes);
+        copy_box(shared + static_cast<SharedAddress>(piece * kBoxBytes), *box.map,
+                 piece / Shape::kRowBoxes * kMapColumns, box.row, barriers.rows_full());
+      }
     }
     const int end_tile = static_cast<int>(schedule.end_tile(item));
     IBQ_UNROLL_BY(1)
@@ -99,10 +109,16 @@ IBQ_DEVICE void produce(const Task& task, const StreamPlan& plan, SharedAddress 
         barrier_wait(barriers.empty(place.stage()), place.parity() ^ 1);
         barrier_arrive_expect(barriers.full(place.stage()), kStageBytes);
         IBQ_UNROLL
-        for (int i = 0; i < Shape::kTiles; ++i) {
-          const Box box = task.codes(tile + i);
+        for (int i = 0; Shape::kStreamed && i < Shape::kRowBoxes; ++i) {
+          const Box box = task.rows(row_tile, i);
           copy_box(stage + static_cast<SharedAddress>(i * kBoxBytes), *box.map, panel * kMapColumns, box.row,
                    barriers.full(place.stage()));
+        }
+        IBQ_UNROLL
+        for (int i = 0; i < Shape::kTiles; ++i) {
+          const Box box = task.codes(tile + i);
+          copy_box(stage + static_cast<SharedAddress>(kCodesAt + i * kBoxBytes), *box.map,
+                   panel * kMapColumns, box.row, barriers.full(place.stage()));
         }
         place.advance(plan.stages);
       }
@@ -123,21 +139,24 @@ IBQ_DEVICE void produce(const Task& task, const StreamPlan& plan, SharedAddress 
 template <bool kBf16, typename Shape, typename Task, typename Epilogue>
 IBQ_DEVICE void consume(const Task& task, Epilogue& epilogue, const StreamPlan& plan, SharedAddress shared,
                         const Barriers& barriers, int first_block, int second_block) {
-  constexpr int kStageBytes = Shape::kTiles * kBoxBytes;
+  constexpr int kStageBytes = stage_boxes<Shape>() * kBoxBytes;
+  constexpr int kCodesAt = kStageBytes - Shape::kTiles * kBoxBytes;
+  constexpr bool kTurns = !Shape::kStreamed;
   const auto lane_is_0 = [] { return (fresh_thread() & 31) == 0; };
-  const SharedAddress ring = shared + static_cast<SharedAddress>(plan.panels * Shape::kResident * kBoxBytes);
+  const SharedAddress ring =
+      shared + static_cast<SharedAddress>(Shape::kStreamed ? 0 : plan.panels * Shape::kRowBoxes * kBoxBytes);
   const TileSchedule schedule = task.schedule();
   const int items = static_cast<int>(schedule.blocks());
   RingPlace place;
   // The first turn of warpgroup 0 is handed over here; the last that warpgroup 1 hands over is taken at the
   // end.
-  if (consumer_warpgroup() == 1) named_barrier_arrive<256>(kTurnBarrier);
+  if (kTurns && consumer_warpgroup() == 1) named_barrier_arrive<256>(kTurnBarrier);
   IBQ_UNROLL_BY(1)
   for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
     const int row_tile = static_cast<int>(schedule.row_tile(item));
     epilogue.begin(row_tile);
     const int32_t end_tile = static_cast<int32_t>(schedule.end_tile(item));
-    barrier_wait(barriers.rows_full(), parity_of_item(item));
+    if constexpr (!Shape::kStreamed) barrier_wait(barriers.rows_full(), parity_of_item(item));
     IBQ_UNROLL_BY(1)
     for (int32_t tile = static_cast<int32_t>(schedule.first_tile(item)); tile < end_tile;
          tile += Shape::kTiles) {
@@ -146,17 +165,20 @@ IBQ_DEVICE void consume(const Task& task, Epilogue& epilogue, const StreamPlan& 
         continue;
       }
       float s0[kBlockRegisters], s1[kBlockRegisters];
-      named_barrier_sync<256>(kTurnBarrier + consumer_warpgroup());
+      if constexpr (kTurns) named_barrier_sync<256>(kTurnBarrier + consumer_warpgroup());
       int held = 0;  // the stage of the panel before
       IBQ_UNROLL_BY(1)
       for (int panel = 0; panel < plan.panels; ++panel) {
         barrier_wait(barriers.full(place.stage()), place.parity());
-        const SharedAddress rows = shared + static_cast<SharedAddress>(panel * Shape::kResident * kBoxBytes);
         const SharedAddress stage = ring + static_cast<SharedAddress>(place.stage() * kStageBytes);
+        const SharedAddress codes = stage + static_cast<SharedAddress>(kCodesAt);
+        const SharedAddress rows =
+            Shape::kStreamed ? stage
+                             : shared + static_cast<SharedAddress>(panel * Shape::kRowBoxes * kBoxBytes);
         const uint64_t rows0 = along_columns(rows, first_block);
         const uint64_t rows1 = along_columns(rows, second_block);
-        const uint64_t codes0 = along_columns(stage, 0);
-        const uint64_t codes1 = along_columns(stage, (Shape::kTiles - 1) * kStreamCodes);
+        const uint64_t codes0 = along_columns(codes, 0);
+        const uint64_t codes1 = along_columns(codes, (Shape::kTiles - 1) * kStreamCodes);
         wgmma_fence();
         IBQ_UNROLL
         for (int step = 0; step < kPanelColumns / kDepth; ++step) {
@@ -173,7 +195,7 @@ IBQ_DEVICE void consume(const Task& task, Epilogue& epilogue, const StreamPlan& 
         held = place.stage();
         place.advance(plan.stages);
       }
-      named_barrier_arrive<256>(kTurnBarrier + 1 - consumer_warpgroup());
+      if constexpr (kTurns) named_barrier_arrive<256>(kTurnBarrier + 1 - consumer_warpgroup());
       epilogue.prepare(tile);
       wgmma_wait<0>();
       hold(s0);
@@ -181,10 +203,10 @@ IBQ_DEVICE void consume(const Task& task, Epilogue& epilogue, const StreamPlan& 
       if (lane_is_0()) barrier_arrive(barriers.empty(held));
       epilogue.fold(row_tile, tile, end_tile, s0, s1);
     }
-    if (lane_is_0()) barrier_arrive(barriers.rows_empty());
+    if (!Shape::kStreamed && lane_is_0()) barrier_arrive(barriers.rows_empty());
     epilogue.end(row_tile, static_cast<int>(schedule.split(item)));
   }
-  if (consumer_warpgroup() == 0) named_barrier_sync<256>(kTurnBarrier);
+  if (kTurns && consumer_warpgroup() == 0) named_barrier_sync<256>(kTurnBarrier);
 }
 
 // What every kernel of this frame begins with; all threads of the block call it.

@@ -4,8 +4,8 @@
 // STATUS: NEVER RUN ON A GPU. Compiled for sm_90a without spills; executed on the CPU under
 // kernels/tests/hopper_emulator.h, whole forward and backward sequences at a time.
 //
-// Contract. bf16 operands where stream_refusal (stream_plan.h) is null; probability, select, entropy and
-// both. Row tiles, splits and everything in the workspace are the portable kernel's, so either may make what
+// Contract. bf16 operands where stream_refusal (stream_plan.h) is null; more than 256 columns for cross
+// alone. Row tiles, splits and everything in the workspace are the portable kernel's, so either may make what
 // the other kernels read. Deterministic.
 //
 // Cost. 2*N*K*D operations for S, as many for G. select and both keep 128 rows of z and of g resident and
@@ -16,15 +16,16 @@
 // Between the warpgroups. Each has 64 of the tile's 128 rows and runs at its own time. Tops and column sums
 // go through shared memory, warp by warp, from both to warpgroup 1, which writes what needs the whole tile;
 // warpgroup 0 does not wait (barrier.arrive). A slot is used again two steps later, when the turns on the
-// tensor cores have made sure that it was read.
+// tensor cores have made sure that it was read; streaming, the last panel of that step came only after every
+// warp had left a panel of the step between, as a step has more panels than half the ring.
 //
 // Skipping. As in the portable kernel, but a tile found negligible only after its products is still written,
 // as zeros: deciding for the whole tile first would make the warpgroups wait for each other.
 #pragma once
 
 #include "../sweep_kernel.cuh"
+#include "parameters.h"
 #include "stream.cuh"
-#include "sweep_parameters.h"
 
 namespace ibq::cuda::hopper {
 
@@ -54,7 +55,7 @@ struct Task {
   IBQ_DEVICE Box codes(int tile) const {
     return {&p.codebook, static_cast<int>(p.args.first_code) + tile * kStreamCodes};
   }
-  IBQ_DEVICE Box resident(int row_tile, int i) const {
+  IBQ_DEVICE Box rows(int row_tile, int i) const {
     return {i == 0 ? &p.z : &p.cotangents, static_cast<int>(p.args.first_row) + row_tile * kBoxRows};
   }
   IBQ_DEVICE bool live(int row_tile, int tile) const { return sweep::may_matter(p.args, row_tile, tile); }
@@ -80,11 +81,12 @@ IBQ_DEVICE void add_over_rows(float (&v)[kColumns]) {
   add_half<4, 1>(v);
 }
 
-template <Sweep kSweep>
+template <Sweep kSweep, typename Shape>
 struct Epilogue {
   static constexpr bool kSelect = kSweep == Sweep::select || kSweep == Sweep::both;
   static constexpr bool kEntropy = kSweep == Sweep::entropy || kSweep == Sweep::both;
-  static constexpr int kTiles = ShapeOf<kSweep>::Type::kTiles;
+  static constexpr bool kCross = kSweep == Sweep::cross;
+  static constexpr int kTiles = Shape::kTiles;
 
   const SweepArguments& args;
   const Task& task;
@@ -157,7 +159,7 @@ struct Epilogue {
     const int warp = fresh_thread() / 32 - 4;  // among the consumers
     form_logits(first_code, s);
     float most[2];
-    write_tops(row_tile, s, most, slot_tops, lane, warp);
+    write_tops(row_tile, first_code, s, most, slot_tops, lane, warp);
 
     finish_row(row_tile, 0, most[0], tile, first_code, s, g);
     finish_row(row_tile, 1, most[1], tile, first_code, s, g);
@@ -202,9 +204,10 @@ struct Epilogue {
     }
   }
 
-  // Each row's maximum of the thread, and the warp's greatest log P and log p.
-  IBQ_DEVICE void write_tops(int row_tile, const float (&s)[kBlockRegisters], float (&most)[2], float* tops,
-                             int lane, int warp) {
+  // Each row's maximum of the thread, and the warp's greatest log P and log p; a row's target counts as P
+  // = 1.
+  IBQ_DEVICE void write_tops(int row_tile, int32_t first_code, const float (&s)[kBlockRegisters],
+                             float (&most)[2], float* tops, int lane, int warp) {
     float select = negative_infinity(), entropy = negative_infinity();
     IBQ_UNROLL
     for (int h = 0; h < 2; ++h) {
@@ -213,13 +216,16 @@ struct Epilogue {
       IBQ_UNROLL
       for (int i = 1; i < kColumns; ++i) most[h] = max_or_nan(most[h], s[4 * (i / 2) + 2 * h + i % 2]);
       if constexpr (kSweep != Sweep::entropy) select = max_or_nan(select, sweep::select_log(row, most[h]));
-      if constexpr (kSweep != Sweep::select)
+      if constexpr (kSweep != Sweep::select && !kCross)
         entropy = max_or_nan(entropy, sweep::entropy_log(row, most[h], args.inverse_tau));
+      const int64_t target = row.target - (first_code - thread_column());
+      if (kCross && target >= 0 && target < kSweepTileCodes) select = max_or_nan(select, 0.0f);
     }
     IBQ_UNROLL
     for (int lanes = 1; lanes < 32; lanes *= 2) {
       if constexpr (kSweep != Sweep::entropy) select = max_or_nan(select, shuffle_xor(select, lanes));
-      if constexpr (kSweep != Sweep::select) entropy = max_or_nan(entropy, shuffle_xor(entropy, lanes));
+      if constexpr (kSweep != Sweep::select && !kCross)
+        entropy = max_or_nan(entropy, shuffle_xor(entropy, lanes));
     }
     if (lane == 0) {
       tops[warp] = select;
@@ -240,12 +246,13 @@ struct Epilogue {
                               ? nullptr
                               : reinterpret_cast<uint32_t*>(args.weights) + (place + thread_column()) / 2;
     int winners[2] = {-1, -1};
+    const Target target = kCross ? target_of(row, row_tile, h, first_code, s) : Target{-1, 0.0f};
     IBQ_UNROLL
     for (int f = 0; f < kStreamFragments; ++f) {
       float weight[2];
       IBQ_UNROLL
       for (int e = 0; e < 2; ++e)
-        weight[e] = finish_entry(row, h, select, entropy, first_code, 2 * f + e, winners,
+        weight[e] = finish_entry(row, h, select, entropy, first_code, 2 * f + e, winners, target,
                                  s[4 * f + 2 * h + e], g[4 * f + 2 * h + e]);
       if (out != nullptr) out[4 * f] = pack_bf16(weight[0], weight[1]);
     }
@@ -253,9 +260,34 @@ struct Epilogue {
     if constexpr (kEntropy) write_winner(1, row_tile, h, first_code, winners[1]);
   }
 
+  // Where a row's target is among the thread's columns (8 apart in pairs), -1 if it is not, and its P - q.
+  struct Target {
+    int column;
+    float value;
+  };
+
+  IBQ_DEVICE Target target_of(const RowConstants& row, int row_tile, int h, int32_t first_code,
+                              const float (&s)[kBlockRegisters]) const {
+    const int64_t offset = row.target - first_code;
+    if (offset < 0 || offset >= kStreamCodes || offset % 8 >= 2) return {-1, 0.0f};
+    float x = 0.0f;
+    IBQ_UNROLL
+    for (int i = 0; i < kColumns; ++i)
+      if (8 * (i / 2) + i % 2 == offset) x = s[4 * (i / 2) + 2 * h + i % 2];
+    const double own = expm1(static_cast<double>(x) - args.lse[args.first_row + row_of(row_tile, h)]);
+    return {static_cast<int>(offset),
+            static_cast<float>(own + (static_cast<double>(args.smoothing) - args.share))};
+  }
+
   // Returns an entry of W; x becomes its term of the column sum.
   IBQ_DEVICE float finish_entry(const RowConstants& row, int h, bool select, bool entropy, int32_t first_code,
-                                int i, int (&winners)[2], float& x, float g) {
+                                int i, int (&winners)[2], const Target& target, float& x, float g) {
+    if constexpr (kCross) {
+      const bool own = 8 * (i / 2) + i % 2 == target.column;
+      const float ds = own ? target.value : exponent(sweep::select_log(row, x)) - args.share;
+      x = row.delta == 0.0f ? 0.0f : row.delta * ds;
+      return x;
+    }
     const float c = kSweep == Sweep::select ? 0.0f : of_code(args.column_weights, first_code, i);
     if constexpr (kSweep == Sweep::probability) {
       const float weight = select ? exponent(sweep::select_log(row, x)) : 0.0f;
@@ -326,7 +358,7 @@ struct Epilogue {
       if (args.live != nullptr) args.live[place] = args.use_select && is_live(select, args.gap);
     } else {
       args.live[place] = (kSweep != Sweep::entropy && is_live(select, args.gap)) ||
-                         (kSweep != Sweep::select && is_live(entropy, args.gap));
+                         (kSweep != Sweep::select && !kCross && is_live(entropy, args.gap));
     }
   }
 
@@ -351,10 +383,9 @@ struct Epilogue {
 
 // Grid: stream_blocks(schedule, multiprocessors) blocks of kStreamThreads, plan.shared_bytes of dynamic
 // shared memory.
-template <Sweep kSweep>
+template <Sweep kSweep, typename Shape = typename sweeps::ShapeOf<kSweep>::Type>
 IBQ_KERNEL(kStreamThreads, 1)
 hopper_sweep_kernel(const IBQ_GRID_CONSTANT SweepParameters p) {
-  using Shape = typename sweeps::ShapeOf<kSweep>::Type;
   const SharedAddress shared = shared_address(swizzled_shared());
   const Barriers barriers = begin_stream(p.plan, shared);
   const sweeps::Task task{p};
@@ -364,7 +395,7 @@ hopper_sweep_kernel(const IBQ_GRID_CONSTANT SweepParameters p) {
   } else {
     take_registers<240>();
     const int first_row = consumer_warpgroup() * 64;
-    sweeps::Epilogue<kSweep> epilogue(p, task);
+    sweeps::Epilogue<kSweep, Shape> epilogue(p, task);
     // Blocks of 64 rows: z's and g's, or z's twice.
     constexpr int kSecond = sweeps::has_cotangents(kSweep) ? kBoxRows : 0;
     consume<true, Shape>(task, epilogue, p.plan, shared, barriers, first_row, kSecond + first_row);

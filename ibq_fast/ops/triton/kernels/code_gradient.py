@@ -8,7 +8,7 @@ there.
 import triton
 import triton.language as tl
 
-from ibq_fast.ops.triton.kernels.device import load_tile, product
+from ibq_fast.ops.triton.kernels.device import load_tile, product, walk_of
 from ibq_fast.ops.triton.kernels.logit_gradient import (
     AMOUNT,
     AMOUNT_TAU,
@@ -39,6 +39,7 @@ def code_gradient(
     boost,
     part_e,
     part_bias,
+    walk,
     n,
     k,
     scale,
@@ -58,6 +59,7 @@ def code_gradient(
     SELECT: tl.constexpr,
     ENTROPY: tl.constexpr,
     TARGET: tl.constexpr,
+    SKIP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Operands of ``row_gradient`` with the peaks' amounts in data, boost [1] -> part_e [splits, K, D]
@@ -81,9 +83,9 @@ def code_gradient(
         factor = tl.load(boost)
     out = tl.zeros([CODES, OUT], tl.float32)
     total = tl.zeros([CODES], tl.float32)
-    first = split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tl.cdiv(n, ROWS))
-    for tile in range(first, last):
+    first, last = walk_of(walk, pid % code_tiles, tl.cdiv(n, ROWS), split, splits, tiles_per_split, SKIP)
+    for step in range(first, last):
+        tile = tl.load(walk + step) if SKIP else step
         rows = tile * ROWS + tl.arange(0, ROWS)
         inside = rows < n
         rows_at = rows.to(tl.int64)

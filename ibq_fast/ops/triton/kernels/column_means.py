@@ -1,5 +1,8 @@
 """column_means: column sums of softmax(S/τ), given each row's maximum and log Σ exp((S - max)/τ).
 
+BOUND: the greatest log-probability of each tile besides, under softmax(S) and under softmax(S/τ); infinite in
+a tile with a NaN.
+
 A program owns a tile of codes and a range of rows; E stays on the chip while rows stream past. Partial sums
 of row ranges are left apart, [splits, K], and added up in order by the caller. Cost: 2·N·K·D.
 """
@@ -11,17 +14,26 @@ from ibq_fast.ops.triton.kernels.device import cut, load_tile, product
 
 
 @triton.jit
+def greatest(values, known):
+    """The maximum over the codes that there are, infinite where one is NaN."""
+    values = tl.where(values != values, float("inf"), values)
+    return tl.max(tl.where(known, tl.max(values, axis=1), float("-inf")), axis=0)
+
+
+@triton.jit
 def column_means(
     z,
     e,
     bias,
     rows_data,
     sums,
+    bounds,
     n,
     k,
     scale,
     inverse_tau,
     code_tiles,
+    row_tiles,
     tiles_per_split,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -29,9 +41,11 @@ def column_means(
     DEPTH: tl.constexpr,
     WHOLE: tl.constexpr,
     BIAS: tl.constexpr,
+    BOUND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """z [N, D], e [K, D], bias [K], rows_data [2, N]: maximum, log Σ -> sums [splits, K] float32."""
+    """z [N, D], e [K, D], bias [K], rows_data [3, N]: maximum, log Σ, lse -> sums [splits, K],
+    bounds [2, row tiles, code tiles], float32."""
     pid = tl.program_id(0)
     split = pid // code_tiles
     codes = (pid % code_tiles) * CODES + tl.arange(0, CODES)
@@ -58,6 +72,11 @@ def column_means(
         if BIAS:
             s += shift[:, None]
         # Two subtractions: the rounding of max/τ + log(total) would be a relative error of p.
-        p = tl.exp(cut((s - best[None, :]) * inverse_tau) - log_total[None, :])
-        total += tl.sum(p, axis=1)
+        log_p = cut((s - best[None, :]) * inverse_tau) - log_total[None, :]
+        total += tl.sum(tl.exp(log_p), axis=1)
+        if BOUND:
+            lse = tl.load(rows_data + 2 * n + rows, mask=inside, other=float("inf"))
+            at = bounds + tile * code_tiles + pid % code_tiles
+            tl.store(at, greatest(s - lse[None, :], known))
+            tl.store(at + row_tiles * code_tiles, greatest(log_p, known))
     tl.store(sums + split * k + codes, total, mask=known)

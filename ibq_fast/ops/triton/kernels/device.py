@@ -51,6 +51,21 @@ def product(
 
 
 @triton.jit
+def walk_of(walk, owner, all_tiles, split, splits, tiles_per_split, SKIP: tl.constexpr):
+    """Where a program's walk over tiles begins and ends; with SKIP, in the list of the live ones of ``owner``
+    (ibq_fast/ops/triton/live.py), which the splits share evenly."""
+    if SKIP:
+        at = owner * (all_tiles + 1)
+        count = tl.load(walk + at)
+        each = tl.cdiv(count, splits)
+        first = split * each
+        return at + 1 + first, at + 1 + tl.minimum(first + each, count)
+    else:
+        first = split * tiles_per_split
+        return first, tl.minimum(first + tiles_per_split, all_tiles)
+
+
+@triton.jit
 def cut(exponent):
     """exponent, no lower than -FAR; NaN stays (a minimum would swallow it)."""
     return tl.where(exponent < -FAR, -FAR, exponent)

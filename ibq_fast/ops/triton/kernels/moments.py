@@ -8,7 +8,7 @@ Programs and splits as in ``row_sweep``. Cost: 2·N·K·D.
 import triton
 import triton.language as tl
 
-from ibq_fast.ops.triton.kernels.device import NO_CODE, cut, load_tile, product
+from ibq_fast.ops.triton.kernels.device import NO_CODE, cut, load_tile, product, walk_of
 
 MOMENTS = tl.constexpr(4)  # Σ p, Σ p c, Σ p y, max S
 
@@ -23,11 +23,13 @@ def moments(
     entropy,
     sums,
     index,
+    walk,
     n,
     k,
     scale,
     inverse_tau,
     row_tiles,
+    splits,
     tiles_per_split,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -36,9 +38,10 @@ def moments(
     WHOLE: tl.constexpr,
     BIAS: tl.constexpr,
     EVEN: tl.constexpr,
+    SKIP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """z [N, D], e [K, D], bias [K], c [K], center [N], entropy [N] -> sums [splits, MOMENTS, N], index
+    """z [N, D], e [K, D], bias [K], c [K], center [N], entropy [N], walk -> sums [splits, MOMENTS, N], index
     [splits, N]."""
     pid = tl.program_id(0)
     split = pid // row_tiles
@@ -54,9 +57,9 @@ def moments(
     sum_y = tl.zeros([ROWS], tl.float32)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     at = tl.zeros([ROWS], tl.int32)
-    first = split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tl.cdiv(k, CODES))
-    for tile in range(first, last):
+    first, last = walk_of(walk, pid % row_tiles, tl.cdiv(k, CODES), split, splits, tiles_per_split, SKIP)
+    for step in range(first, last):
+        tile = tl.load(walk + step) if SKIP else step
         codes = tile * CODES + tl.arange(0, CODES)
         known = codes < k
         codes_at = codes.to(tl.int64)

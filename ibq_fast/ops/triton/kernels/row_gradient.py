@@ -1,15 +1,16 @@
 """row_gradient: dz = dS E of a tile of rows, in a walk over the codes; the first half of the backward.
 
 S, and g Eᵀ where there is a selection, are formed again in tiles, turned into dS and spent at once. z and g
-stay on the chip, E streams past once for all three products. dE is the other half's (``code_gradient``):
-nothing is shared between programs, so nothing is added atomically. Cost in 2·N·K·D: 2, with a selection 3;
-above ``depth`` dimensions the logits are formed again for every OUT columns of dz.
+stay on the chip, E streams past once for all three products; with SKIP its live tiles alone. dE is the other
+half's (``code_gradient``): nothing is shared between programs, so nothing is added atomically. Cost in
+2·N·K·D: 2, with a selection 3; above ``depth`` dimensions the logits are formed again for every OUT columns
+of dz.
 """
 
 import triton
 import triton.language as tl
 
-from ibq_fast.ops.triton.kernels.device import load_tile, product
+from ibq_fast.ops.triton.kernels.device import load_tile, product, walk_of
 from ibq_fast.ops.triton.kernels.logit_gradient import (
     BOOST,
     CENTER,
@@ -38,6 +39,7 @@ def row_gradient(
     c,
     part_z,
     rest,
+    walk,
     n,
     k,
     scale,
@@ -58,6 +60,7 @@ def row_gradient(
     SELECT: tl.constexpr,
     ENTROPY: tl.constexpr,
     TARGET: tl.constexpr,
+    SKIP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """z, g [N, D], e [K, D], bias, c [K], targets [N], data [ROW_SLOTS, N], peaks [2, N] int32 -> part_z
@@ -96,9 +99,9 @@ def row_gradient(
             g_tile = load_tile(g, rows_at, inside, 0, D, DEPTH)
 
     out = tl.zeros([ROWS, OUT], tl.float32)
-    first = split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tl.cdiv(k, CODES))
-    for tile in range(first, last):
+    first, last = walk_of(walk, pid % row_tiles, tl.cdiv(k, CODES), split, splits, tiles_per_split, SKIP)
+    for step in range(first, last):
+        tile = tl.load(walk + step) if SKIP else step
         columns = tile * CODES + tl.arange(0, CODES)
         known = columns < k
         codes_at = columns.to(tl.int64)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ibq_fast.ops import cross_entropy, entropy, search, select
 from ibq_fast.ops.index_backprop import reference as joint_reference
+from ibq_fast.ops.triton import live, plan
 
 NAMES = ("gradient of z", "gradient of codebook", "gradient of bias")
 IGNORED = -7
@@ -128,6 +129,63 @@ def test_norms(ops, operands, floors, error_ratio) -> None:
         limits,
         error_ratio,
     )
+
+
+@pytest.mark.parametrize("peaked", [False, True], ids=["all tiles live", "few tiles live"])
+def test_joint_walks_live_tiles_alone(peaked, ops, operands, floors, error_ratio, monkeypatch) -> None:
+    """Peaked: the rows of a tile have all their mass on the same few codes."""
+    monkeypatch.setattr(live, "BOUNDED_FROM", 1)
+    x = operands(37, 330, 16, spread=0.3, bias=True)
+    if peaked:
+        x.codebook[100:] *= 0.1
+        x.z.copy_(60 * x.codebook[[3] * 16 + [90] * 21] + 0.1 * x.z)
+    walked = []
+    walks = live.Live.walks
+
+    def spied(self, tile, over_codes):
+        walk = walks(self, tile, over_codes)
+        walked.append(walk[:, 0].sum().item() / walk[:, 1:].numel())
+        return walk
+
+    monkeypatch.setattr(live.Live, "walks", spied)
+    tau = 0.5
+    magnitude = 3 * (select_magnitude(x) + entropy_magnitude(x, tau))
+    limits = with_gathered(x, floors.gradients(x, magnitude, tau))
+    check(
+        x,
+        lambda *o: ops.index_backprop(*o, 1.0, 0.2, tau),
+        lambda *o: joint_reference(*o, 1.0, 0.2, tau),
+        joint_total,
+        limits,
+        error_ratio,
+    )
+    assert len(walked) == 3  # moments, rows, codes
+    assert all(0.0 < share < 0.6 if peaked else share == 1.0 for share in walked), walked
+
+
+def test_live_tiles_are_listed_for_tiles_of_any_size(monkeypatch) -> None:
+    """Bounds of 16 × 32 tiles for kernels with larger and smaller ones, by a loop over all pairs."""
+    monkeypatch.setattr(live, "BOUNDED_FROM", 1)
+    n, k = 75, 300
+    z = torch.zeros(n, 16)
+    bound = torch.full((2, *live.grid(z, k)), -1e3)
+    marks = [(0, 0, 0), (1, 2, 3), (0, 4, 9), (1, 4, 8)]
+    for mark in marks:
+        bound[mark] = -1.0
+    bound[0, 3, 5] = float("nan")
+    lives = live.Live(bound, z, k)
+    pairs = [(r, c) for _, r, c in marks] + [(3, 5)]
+    for rows, codes in ((16, 32), (32, 16), (64, 128), (16, 64)):
+        tile = plan.Tile(rows=rows, codes=codes, depth=16, out=16, warps=1, stages=1)
+        hit = torch.zeros(-(-n // rows), -(-k // codes), dtype=torch.bool)
+        for r, c in pairs:
+            for i in range(r * 16, min(r * 16 + 16, n)):
+                for j in range(c * 32, min(c * 32 + 32, k)):
+                    hit[i // rows, j // codes] = True
+        for over_codes, expected in ((True, hit), (False, hit.T)):
+            walk = lives.walks(tile, over_codes)
+            found = [sorted(line[1 : 1 + line[0]]) for line in walk.tolist()]
+            assert found == [line.nonzero().flatten().tolist() for line in expected]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

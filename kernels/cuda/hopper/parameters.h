@@ -1,5 +1,5 @@
-// Parameters of the Hopper sweeps and products: the portable kernels' arguments and the tensor maps of their
-// operands. Plain C++.
+// Parameters of the Hopper kernels: the portable kernels' arguments and the tensor maps of their operands.
+// Plain C++.
 #pragma once
 
 #include "../sweep_arguments.h"
@@ -7,6 +7,26 @@
 #include "tensor_map.h"
 
 namespace ibq::cuda::hopper {
+
+struct SearchParameters {
+  TensorMap z;         // boxes of kBoxRows rows
+  TensorMap codebook;  // the same
+  const float* bias;   // null: none
+  float scale;
+  int64_t N, K;
+  TileSchedule schedule;  // row tiles of kSearchRows
+  StreamPlan plan;
+  float* split_max;      // [splits, N]
+  int32_t* split_index;  // [splits, N]
+  float* split_sum;      // [splits, N], with lse
+  // As in SearchArguments, with Extra::entropy and Extra::target.
+  float inverse_tau;
+  float *split_tempered_sum, *split_tempered_moment;
+  const int64_t* targets;
+  float *target_logit, *split_logits;
+};
+
+constexpr int kSearchRows = 2 * kBoxRows;
 
 struct SweepParameters {
   TensorMap z;  // boxes of kBoxRows rows, as the others
