@@ -135,7 +135,7 @@ def add_evaluate(commands: Any, manual: Make) -> None:
             action="store_true",
             help="download weights that are neither given nor in torch's cache",
         )
-        add("--batch-size", type=int, default=32, help="images at a time, at most 64 (default 32)")
+        add("--batch-size", type=int, default=32, help="images at a time: 16, 32 (default), 48 or 64")
         add("--decode-threads", type=int, default=2, help="threads that read image files (default 2)")
         add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, npu, …")
 

@@ -24,9 +24,9 @@ from ibq_fast.evaluate.protocols import Protocol, differences
 from ibq_fast.evaluate.report import deviations, missing_values, write_report
 from ibq_fast.evaluate.sources import Block, ImageSource
 from ibq_fast.evaluate.statistics import Statistics
-from ibq_fast.evaluate.streaming import Say, measure_all, rank, wait_for_all
+from ibq_fast.evaluate.streaming import Say, batches, measure_all, rank, wait_for_all
 from ibq_fast.evaluate.tally import BLOCK, Tally
-from ibq_fast.evaluate.trunks import Weights
+from ibq_fast.evaluate.trunks import Features, Weights
 
 _SHOWN = 64
 _MEASURES = ("frechet", "spatial_frechet", "class_score", "class_score_deviation", "precision", "recall")
@@ -181,15 +181,13 @@ class _Meter:
         self.batch_size, self.device = batch_size, device
 
     def __call__(self, block: Block, tally: Tally) -> None:
-        for images, indices in zip(
-            block.images.split(self.batch_size), block.indices.split(self.batch_size), strict=True
-        ):
+        for images, indices in batches(block, self.batch_size):
             self._batch(images, indices, tally)
 
     def _batch(self, images: Tensor, indices: Tensor, tally: Tally) -> None:
         x = to_float(images.to(self.device))
         for name, trunk in self.networks.trunks.items():
-            found = trunk(x)
+            found = Features(*(part[: len(indices)] for part in trunk(x)))
             tally.features(f"{name}/pooled", found.pooled)
             tally.features(f"{name}/spatial", found.spatial)
             split = indices * self.protocol.score_splits // tally.images

@@ -15,15 +15,32 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ibq_fast.checkpoint.training import latest_checkpoint, load_checkpoint, save_checkpoint
 from ibq_fast.distributed import world_size
 from ibq_fast.evaluate.sources import Block, ImageSource
 from ibq_fast.evaluate.tally import BLOCK, Tally
 
+_ROWS = 16
+
 Measure = Callable[[Block, Tally], None]
 Say = Callable[[str], None]
+
+
+def batches(block: Block, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, indices) of at most ``size`` images, rounded up to a multiple of 16. There may be more images
+    than
+    indices: the last one repeated, up to a multiple of 16.
+
+    A library's convolutions may round otherwise for another number of images; on the CPUs measured they do
+    not between multiples of 16. So results do not depend on the batch size."""
+    size = -(-size // _ROWS) * _ROWS
+    for images, indices in zip(block.images.split(size), block.indices.split(size), strict=True):
+        missing = -len(images) % _ROWS
+        yield torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]), indices
 
 
 def rank() -> int:

@@ -22,7 +22,7 @@ from ibq_fast.evaluate.report import deviations, missing_values, write_report
 from ibq_fast.evaluate.similarity import LARGEST_PSNR, pixel_errors, psnr_of, ssim
 from ibq_fast.evaluate.sources import Block, ImageSource
 from ibq_fast.evaluate.statistics import Statistics
-from ibq_fast.evaluate.streaming import Say, measure_all
+from ibq_fast.evaluate.streaming import Say, batches, measure_all
 from ibq_fast.evaluate.tally import BLOCK, Tally
 from ibq_fast.evaluate.tokenizer_pictures import draw_tokenizer_pictures
 from ibq_fast.evaluate.trunks import Weights
@@ -70,9 +70,8 @@ def evaluate_tokenizer(
     was killed is taken up by the next one with the same arguments.
 
     source: square images of the size the protocol, or the tokenizer, asks for. model: what to call the
-    tokenizer in the report. batch_size: images at a time, at most 64. Raises ValueError for a size that the
-    tokenizer does not take, DataError when no image can be read.
-    """
+    tokenizer in the report. batch_size: images at a time, at most 64, see ``batches``. Raises ValueError for
+    a size that the tokenizer does not take, DataError when no image can be read."""
     if not 1 <= batch_size <= BLOCK:
         raise ValueError(f"batch_size: expected 1 to {BLOCK}, got {batch_size}")
     started = time.monotonic()
@@ -135,9 +134,7 @@ class _Meter:
         self.batch_size, self.device = batch_size, device
 
     def __call__(self, block: Block, tally: Tally) -> None:
-        for images, indices in zip(
-            block.images.split(self.batch_size), block.indices.split(self.batch_size), strict=True
-        ):
+        for images, indices in batches(block, self.batch_size):
             self._batch(images, indices, tally)
 
     @torch.no_grad()
@@ -152,6 +149,14 @@ class _Meter:
 
     def _batch(self, images: Tensor, indices: Tensor, tally: Tally) -> None:
         codes, decoded, copies, x = self.reconstruct(images)
+        seen = decoded if self.protocol.features_of == "float" else to_float(copies)
+        count = len(indices)
+        for name, distance in self.networks.lpips.items():
+            tally.put(name, indices, distance(x, seen)[:count])
+        for name, trunk in self.networks.trunks.items():
+            tally.features(f"{name}/originals", trunk(x).pooled[:count])
+            tally.features(f"{name}/copies", trunk(seen).pooled[:count])
+        codes, copies, x, images = codes[:count], copies[:count], x[:count], images[:count]
         tally.add("codes", code_histogram(codes.reshape(-1), self.tokenizer.config.quantizer.codebook_size))
         originals = self._rounded(x) if self.protocol.rounding == "truncate" else images.to(self.device)
         errors = pixel_errors(originals, copies)
@@ -159,12 +164,6 @@ class _Meter:
             tally.put(name, indices, values)
         if min(images.shape[2:]) >= _SMALLEST_SSIM:
             tally.put("ssim", indices, ssim(originals, copies))
-        seen = decoded if self.protocol.features_of == "float" else to_float(copies)
-        for name, distance in self.networks.lpips.items():
-            tally.put(name, indices, distance(x, seen))
-        for name, trunk in self.networks.trunks.items():
-            tally.features(f"{name}/originals", trunk(x).pooled)
-            tally.features(f"{name}/copies", trunk(seen).pooled)
 
     def _rounded(self, images: Tensor) -> Tensor:
         if self.protocol.rounding == "nearest":
