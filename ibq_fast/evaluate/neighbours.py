@@ -45,8 +45,9 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, neighbours: int
 
 
 def _mean(x: np.ndarray) -> Tensor:
-    total = torch.zeros(x.shape[1], dtype=torch.float64)
-    for part in _parts(x, _COLUMNS, total):
+    zero = torch.zeros(x.shape[1], dtype=torch.float64)
+    total = zero.clone()
+    for part in _parts(x, _COLUMNS, zero):
         total += part.sum(0)
     return total / len(x)
 
