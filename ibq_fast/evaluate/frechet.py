@@ -11,11 +11,11 @@ from ibq_fast.evaluate.moments import Gaussian
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|μ_a − μ_b|² + Tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½); NaN when one has no covariance (fewer than two vectors).
 
-    With Σ = A Aᵀ the trace of the root is the sum of the singular values of A_aᵀ A_b: no root of a matrix that
-    is not symmetric, no complex numbers, no constant added to singular covariances. A comes from a pivoted
-    Cholesky decomposition, which ends where what is left is rounding alone (below D ε times the largest
-    variance): fewer vectors than dimensions give what their subspace gives. (An eigendecomposition would do,
-    but LAPACK's may not converge on the nearly empty covariances of few images.)
+    With Σ = A Aᵀ the trace of the root is the sum of the singular values of A_aᵀ A_b: no root of a matrix
+    that is not symmetric, no complex numbers, no constant added to singular covariances. A comes from a
+    pivoted Cholesky decomposition, which ends where what is left is rounding alone (below D ε times the
+    largest variance): fewer vectors than dimensions give what their subspace gives. (An eigendecomposition
+    would do, but LAPACK's may not converge on the nearly empty covariances of few images.)
 
     Raises ValueError when the dimensions differ.
     """

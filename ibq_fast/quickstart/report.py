@@ -109,8 +109,9 @@ def _protocol(protocol: Mapping[str, Any]) -> list[str]:
         "all pixels with the padding.",
         "Fréchet distances, precision and recall: of features of EfficientNet-Lite0, so neither FID nor "
         "comparable with figures of other networks; — where its package is not installed.",
-        f"Evaluation protocol {protocol['evaluation']['name']} (version {protocol['evaluation']['version']}); "
-        "its settings are in the reports linked above.",
+        "Evaluation protocol {name}, version {version}; its settings are in the reports linked above.".format(
+            **protocol["evaluation"]
+        ),
         "Utilisation: share of the codes used at least once over the held-out images; perplexity: "
         "exponential of the entropy of their use.",
         "Plain VQ: the same networks, images, losses and steps; nearest code, straight-through gradient, "
