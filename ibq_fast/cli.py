@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ibq_fast.cli_evaluate import add_evaluate
+
 USAGE = "ibq-fast COMMAND [options]"
 DESCRIPTION = """\
 Image tokenizers with huge codebooks: train them, look at what they keep, generate with them.
@@ -15,6 +17,7 @@ commands:
   train        train a tokenizer or a generator from a YAML config
   reconstruct  images through a tokenizer and back: a picture grid, PSNR, code usage
   sample       images of chosen classes from a generator
+  evaluate     figures of a tokenizer or a generator by a named protocol, with a report
   convert      checkpoints of the published implementation in and out
   doctor       what is installed, which kernels are used and why
 """
@@ -26,6 +29,7 @@ examples:
   ibq-fast train generator --config configs/quickstart_generator.yaml --tokenizer=runs/tok/tokenizer
   ibq-fast reconstruct --tokenizer runs/tok/tokenizer --out out photos/
   ibq-fast sample --tokenizer runs/tok/tokenizer --generator runs/gen/generator --classes 0-9 --out out
+  ibq-fast evaluate tokenizer --tokenizer runs/tok/tokenizer --out out fashion_mnist
   ibq-fast convert imagenet256_16384.ckpt models/tokenizer
 
 ibq-fast COMMAND --help explains a command. A model is named by the directory that training wrote, a
@@ -144,6 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, required=True, help="folder for what is written")
         command.add_argument("--batch-size", type=int, default=16, help="images at a time (default 16)")
         command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, npu, …")
+
+    add_evaluate(commands, _manual)
 
     convert = _manual(
         commands.add_parser,

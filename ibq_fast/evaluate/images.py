@@ -1,4 +1,4 @@
-"""Pictures and figures of reconstructions, samples and code use."""
+"""Pictures of reconstructions, samples and code use."""
 
 from __future__ import annotations
 
@@ -12,23 +12,6 @@ from torch import Tensor
 
 _GAP = 2
 _BACKGROUND = 255
-
-
-def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB: uint8 [B,C,H,W] twice -> float64 [B] on the CPU (not
-    every device has float64); equal images: inf.
-
-    Protocol: both rounded to uint8 first, the mean square error over all of an image's channels and pixels,
-    peak 255. Averages over a set are means of these.
-    """
-    _check_images("images", images)
-    if reconstructions.shape != images.shape or reconstructions.dtype != torch.uint8:
-        raise ValueError(
-            f"reconstructions: expected uint8 {list(images.shape)}, "
-            f"got {reconstructions.dtype} {list(reconstructions.shape)}"
-        )
-    error = (images.cpu().double() - reconstructions.cpu().double()).square().flatten(1).mean(1)
-    return 10 * torch.log10(255.0**2 / error)
 
 
 def image_grid(images: Tensor, columns: int | None = None) -> Tensor:

@@ -18,6 +18,7 @@ writes to OUT:
   report.md, report.json   figures, times, protocol, machine
   reconstructions.png      held-out images above their reconstructions
   samples.png              generated images, a row per class
+  evaluation/              what was measured of each model: reports of ibq-fast evaluate
   usage.png, curves.png    how often each code is used; how training went
   tokenizer/, vq/, generator/
                            the runs; models for from_pretrained: tokenizer/tokenizer, generator/generator

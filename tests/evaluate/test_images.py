@@ -62,7 +62,7 @@ def test_usage_figures() -> None:
     [
         (
             lambda x: psnr(x, x[:1]),
-            r"reconstructions: expected uint8 \[2, 3, 4, 4\], got torch.uint8 \[1, 3, 4, 4\]",
+            r"copies: expected uint8 \[2, 3, 4, 4\], got torch.uint8 \[1, 3, 4, 4\]",
         ),
         (lambda x: psnr(x.float(), x), r"images: expected uint8 \[B, 1 or 3, H, W\], got torch.float32"),
         (lambda x: image_grid(x[:0]), "images: expected at least one, got none"),

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 _context: Any = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["ibq_fast.train.tokenizer", "ibq_fast.train.generator", "torch._dynamo"])
+_context.set_forkserver_preload(
+    ["ibq_fast.train.tokenizer", "ibq_fast.train.generator", "ibq_fast.evaluate.opening", "torch._dynamo"]
+)
 
 
 def start_ranks(
