@@ -7,8 +7,9 @@
     python -m bench.claims a b c d --missing       what bench/results/claims.csv does not have yet
     python -m bench.claims --draw                  plots and tables from what was measured so far
 
-A run's rows take the place of its earlier ones, so that a campaign can be made in parts (--limit, --codes,
---method). Claims b and c also need runs of claim a. It needs vector-quantize-pytorch (the extra `bench`).
+A run's rows take the place of its earlier ones, so that a campaign can be made in parts (--limit, --method,
+--codes, --dim). Plots share runs: a needs those of d, b and c need those of a. It needs vector-quantize-pytorch
+(the extra `bench`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from bench import machine
 from bench.claims.cases import ALL, CLAIMS, Case, cases
+from bench.claims.draw import draw
 from bench.claims.results import keep, measured
 from bench.claims.training import train
 
@@ -44,13 +46,19 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="leave out what the CSV already has")
     parser.add_argument("--method", action="append", choices=ALL, help="this method (repeatable)")
     parser.add_argument("--codes", type=int, action="append", help="this codebook size (repeatable)")
+    parser.add_argument("--dim", type=int, action="append", help="this code dimension (repeatable)")
     parser.add_argument("--limit", type=int, help="make at most so many runs")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--list", action="store_true", help="name the runs and stop")
+    parser.add_argument("--draw", action="store_true", help="only draw from the CSV")
+    parser.add_argument("--no-draw", action="store_true", help="leave plots and page as they are")
     chosen = parser.parse_args()
     for claim in chosen.claims:
         if claim not in CLAIMS:
             parser.error(f"claim: expected one of {', '.join(CLAIMS)}, got {claim!r}")
+    if chosen.draw:
+        draw()
+        return
     have = measured() if chosen.missing else set()
     wanted = [
         case
@@ -59,6 +67,7 @@ def main() -> None:
         if case not in have
         and (not chosen.method or case.method in chosen.method)
         and (not chosen.codes or case.codes in chosen.codes)
+        and (not chosen.dim or case.dim in chosen.dim)
     ]
     torch.set_num_threads(chosen.threads)
     for case in wanted[: chosen.limit]:
@@ -66,6 +75,8 @@ def main() -> None:
         if not chosen.list:
             measure(case)
     made = 0 if chosen.list else len(wanted[: chosen.limit])
+    if made and not chosen.no_draw:
+        draw()
     print(f"{len(wanted) - made} runs left")
 
 

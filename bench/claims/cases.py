@@ -11,8 +11,8 @@ from ibq_fast.tokenizer import LossConfig
 
 SEEDS = (0, 1, 2)
 DIM = 32  # where D is not what varies
-SHORT = Budget(steps=400, measured=(200, 400))
-LONG = Budget(steps=1200, measured=(100, 200, 400, 600, 900, 1200))
+SHORT = Budget(steps=400, measured=(400,))
+LONG = Budget(steps=800, measured=(100, 200, 400, 600, 800))
 
 _LOGITS = {"ibq_dot": {}, "ibq_euclidean": {"similarity": "euclidean", "init": "features"}}
 _CHANGES = {
@@ -57,10 +57,11 @@ class Claim:
 
 
 CLAIMS: dict[str, Claim] = {
+    # K = 4,096 is claim d's run at the step where these end: the same run so far.
     "a": Claim(
         "utilisation and reconstruction as K grows",
         tuple(METHODS),
-        tuple(2**i for i in (8, 10, 12, 14, 16)),
+        tuple(2**i for i in (8, 10, 14, 16)),
         (DIM,),
         SHORT,
     ),
