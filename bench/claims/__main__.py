@@ -8,8 +8,8 @@
     python -m bench.claims --draw                  plots and tables from what was measured so far
 
 A run's rows take the place of its earlier ones, so that a campaign can be made in parts (--limit, --method,
---codes, --dim). Plots share runs: a needs those of d, b and c need those of a. It needs vector-quantize-pytorch
-(the extra `bench`).
+--codes, --dim). Plots share runs: a needs those of d, b and c need those of a. The other quantizers come from
+vector-quantize-pytorch (the extra `bench`).
 """
 
 from __future__ import annotations
