@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from bench.claims.cases import ALL, CLAIMS, DIM, SEEDS, SHORT, cases
+from bench.claims.cases import ALL, CLAIMS, DIM, SEEDS, SHORT, Case, cases
 from bench.claims.methods import METHODS
 from bench.claims.results import measured, read
 from bench.claims.training import HELD_OUT, TOKENS
@@ -220,10 +220,20 @@ def _caption(claim: str, rows: list[Row]) -> str:
         machines = ", ".join(sorted({row["machine"] for row in rows}))
         text += f", {dates}, {machines}, threads: {threads}, commit {commits}"
     if missing:
-        gaps = sorted({(case.codes, case.dim, ALL[case.method].title) for case in missing})
-        named = "; ".join(f"{method} at K = {codes:,}, D = {dim}" for codes, dim, method in gaps)
-        text += f".\nNot measured (in whole or for some seeds): {named}; complete it with `--missing`"
+        text += f".\nNot measured (in whole or for some seeds): {_named(claim, missing)}"
+        text += "; complete it with `--missing`"
     return text + "."
+
+
+def _named(claim: str, missing: set[Case]) -> str:
+    """``missing`` by size: all methods there, or which."""
+    parts = []
+    for codes, dim in sorted({(case.codes, case.dim) for case in missing}):
+        absent = {case.method for case in missing if (case.codes, case.dim) == (codes, dim)}
+        titles = [ALL[name].title for name in CLAIMS[claim].methods if name in absent]
+        whole = len(titles) == len(CLAIMS[claim].methods)
+        parts.append(f"{'all methods' if whole else ', '.join(titles)} at K = {codes:,}, D = {dim}")
+    return "; ".join(parts)
 
 
 def _between(page: str, name: str, body: str) -> str:
