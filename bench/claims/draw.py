@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from bench.claims.cases import ALL, CLAIMS, DIM, SEEDS, SHORT, Case, cases
+from bench.claims.cases import ALL, CLAIMS, DIM, SEEDS, SHORT, VARIANTS, Case, cases
 from bench.claims.methods import METHODS
 from bench.claims.results import measured, read
 from bench.claims.training import HELD_OUT, TOKENS
@@ -108,8 +108,10 @@ def _matrices(rows: list[Row], across: str, methods: Iterable[str]) -> str:
 
 
 def _terms_order(rows: list[Row]) -> list[str]:
-    names = [name for name in ALL if name.startswith("ibq_")]
-    order = sorted(names, key=lambda name: (name.split("-")[0] != "ibq_dot", "-" in name))
+    order: list[str] = []
+    for name in VARIANTS:
+        base = name.split("-")[0]
+        order += [name] if base in order else [base, name]
     return [name for name in order if _seeds(rows, name, dim=DIM)]
 
 
