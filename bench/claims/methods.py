@@ -139,8 +139,8 @@ def _fsq(codes: int, dim: int, rows: int) -> nn.Module:
     return Peer(FSQ(levels=list(FSQ_LEVELS[codes]), dim=dim))
 
 
-# configs/quickstart_tokenizer.yaml with its weights divided by 16, what its pixel losses 4 · L1 + 64 · MSE are
-# worth in gradient at an error of 0.1: so that the pixels' weight is 1, as with every method here.
+# configs/quickstart_tokenizer.yaml with its weights divided by 16, what its pixel losses 4 · L1 + 64 · MSE
+# are worth in gradient at an error of 0.1: so that the pixels' weight is 1, as with every method here.
 _QUICKSTART = LossConfig(quantization_weight=1 / 16, entropy_weight=0.8 / 16)
 _SHARPER = {"similarity": "euclidean", "init": "features", "logit_scale": 4.0, "entropy_temperature": 0.04}
 
