@@ -160,6 +160,8 @@ def _line(axis: Any, rows: list[Row], method: str, across: str, figure: str) -> 
 
 def _growth(rows: list[Row], across: str, claim: str) -> str:
     """Utilisation, reconstruction and cost against K or D."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure, axes = _panels(3)
     for axis, key in zip(axes, ("utilisation", "psnr", "cpu_ms"), strict=True):
         for method in METHODS:
@@ -175,6 +177,9 @@ def _growth(rows: list[Row], across: str, claim: str) -> str:
         axes[0].plot(sizes, [reachable(size) for size in sizes], "k:", label="uniform choice")
     axes[1].set_ylabel("dB")
     axes[2].set(ylabel="ms, one thread", yscale="log")
+    axes[2].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes[2].yaxis.set_minor_locator(NullLocator())
+    axes[2].yaxis.set_major_formatter("{x:g}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return _save(figure, f"{claim}.png")
 
