@@ -135,7 +135,7 @@ def test_page_is_drawn_from_the_rows_and_says_what_is_missing(page):
     assert "K = 4,096" in text
     whole = len(list(cases("b")))
     assert f"{whole - 1} of {whole} runs measured" in text
-    assert "Not measured (in whole or for some seeds): SimVQ at K = 1,024, D = 8" in text
+    assert "Not measured (in whole or for some seeds): K = 1,024, D = 8 (SimVQ);" in text
     assert text.count("Not measured") == 1
     assert f"D = {DIM}" in text
     for claim in CLAIMS:

@@ -241,7 +241,7 @@ def _named(claim: str, missing: set[Case]) -> str:
         absent = {case.method for case in missing if (case.codes, case.dim) == (codes, dim)}
         titles = [ALL[name].title for name in CLAIMS[claim].methods if name in absent]
         whole = len(titles) == len(CLAIMS[claim].methods)
-        parts.append(f"{'all methods' if whole else ', '.join(titles)} at K = {codes:,}, D = {dim}")
+        parts.append(f"K = {codes:,}, D = {dim} ({'all methods' if whole else '; '.join(titles)})")
     return "; ".join(parts)
 
 
