@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "csrc/arguments.h"
+#include "csrc/cpu_glue.h"
 #include "csrc/skip_tolerance.h"
 #include "kernels/cpu/codebook.h"
 #include "kernels/cpu/cross_entropy_api.h"
@@ -21,24 +22,6 @@ cpu::DType dtype_of(const Tensor& t, const char* name) {
     default:
       STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
   }
-}
-
-const cpu::Kernels& kernels() {
-  const cpu::Kernels* k = cpu::kernels();
-  STD_TORCH_CHECK(k != nullptr, "IBQ_FAST_CPU_ISA: expected one of ", cpu::available_isas());
-  return *k;
-}
-
-// torch's own thread pool, lent to the kernels.
-cpu::Parallel torch_parallel() {
-  cpu::Parallel p;
-  p.threads = static_cast<int>(torch::stable::get_num_threads());
-  p.run = [](int tasks, void (*body)(void*, int), void* context) {
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) body(context, static_cast<int>(t));
-    });
-  };
-  return p;
 }
 
 // Operands made contiguous, and the Problem that points at them.
@@ -64,13 +47,6 @@ struct Operands {
     problem.dropped_mass = skip_tolerance.load();
   }
 };
-
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-void check_memory(bool ok) { STD_TORCH_CHECK(ok, "ibq_fast: not enough memory for the kernel's workspace"); }
 
 // Uninitialised [rows, columns] from kept memory: for gradients as large as a codebook.
 Tensor large_empty(int64_t rows, int64_t columns, ScalarType dtype) {

@@ -37,5 +37,8 @@ STABLE_TORCH_LIBRARY(ibq_fast, m) {
       "linear_cross_entropy_backward(Tensor grad_loss, Tensor hidden, Tensor head, Tensor? bias,"
       " Tensor targets, int ignore_index, float label_smoothing, Tensor lse)"
       " -> (Tensor grad_hidden, Tensor grad_head, Tensor grad_bias)");
+  m.def(
+      "choose_tokens(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, Tensor image,"
+      " Tensor position, bool filtered) -> Tensor");
   m.def("code_histogram(Tensor indices, int codebook_size) -> Tensor");
 }

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibq_fast.generator.decoder import ROW_GROUP, Decoder, round_up
-from ibq_fast.generator.filtering import filter_logits
-from ibq_fast.generator.philox import gumbel
+from ibq_fast.ops import choose_tokens
 
 if TYPE_CHECKING:
     from ibq_fast.generator.generator import Generator
@@ -65,36 +64,15 @@ def sample_tokens(
         logits = model.head(hidden)[:images].float()
         tokens[:, position] = choose_tokens(
             logits,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            image_ids=image_ids,
-            position=position,
+            temperature=torch.full((images,), temperature),
+            top_k=torch.full((images,), top_k),
+            top_p=torch.full((images,), top_p),
+            seed=torch.full((images,), seed),
+            image=image_ids,
+            position=torch.full((images,), position),
         )
         if progress is not None:
             progress(position + 1, total)
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("model: expected finite logits, got NaN or infinity at the last position")
     return tokens
-
-
-def choose_tokens(
-    logits: Tensor,
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    image_ids: Tensor,
-    position: int,
-) -> Tensor:
-    """One token per row: a draw from softmax(filter(logits / temperature)), int64 [B].
-
-    ``logits`` float32 [B, V]; ``image_ids`` int64 [B]. The draw is the argmax of logits plus Gumbel noise,
-    and the noise is a function of (seed, image, position, code) alone. top_k = 1 is the plain argmax.
-    """
-    if top_k == 1:
-        return logits.argmax(dim=-1)
-    kept = filter_logits(logits / temperature, top_k, top_p)
-    return kept.add_(gumbel(seed, image_ids, position, logits.shape[-1])).argmax(dim=-1)

@@ -10,6 +10,7 @@
 
 namespace ibq::cpu {
 
+struct Choice;               // choice_api.h
 struct CrossEntropyForward;  // cross_entropy_api.h
 struct CrossEntropyBackward;
 
@@ -97,6 +98,7 @@ struct Kernels {
   int tile_rows, block_codes, bounded_from;
   bool (*cross_entropy_forward)(const Problem&, const CrossEntropyForward&, const Parallel&);
   bool (*cross_entropy_backward)(const Problem&, const CrossEntropyBackward&, const Parallel&);
+  bool (*choose_tokens)(const Choice&, const Parallel&);
 };
 
 // The kernels of the best instruction set this CPU has, or of the one that the environment variable

@@ -10,6 +10,7 @@
 
 #include <utility>
 
+#include "kernels/cpu/choice_api.h"
 #include "kernels/cpu/codebook.h"
 #include "kernels/cpu/cross_entropy_api.h"
 
@@ -28,6 +29,8 @@ namespace {
 #include "kernels/cpu/entry.h"
 #include "kernels/cpu/group_tile.h"
 #include "kernels/cpu/cross_entropy.h"
+#include "kernels/cpu/random.h"
+#include "kernels/cpu/choice.h"
 // clang-format on
 }  // namespace
 
@@ -40,5 +43,6 @@ const Kernels IBQ_KERNELS = {IBQ_ISA_NAME,
                              kBlock,
                              kBoundedFrom,
                              &cross_entropy_forward,
-                             &cross_entropy_backward};
+                             &cross_entropy_backward,
+                             &choose_tokens};
 }  // namespace ibq::cpu
