@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -13,10 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ibq_fast.checkpoint.pretrained import PretrainedMixin, build_and_load
 from ibq_fast.generator import arguments
-from ibq_fast.generator.cache import KVCache
 from ibq_fast.generator.config import GeneratorConfig
+from ibq_fast.generator.decoder import Decoder, precision_of
+from ibq_fast.generator.guidance import Guidance
 from ibq_fast.generator.rotary import RotaryTable
-from ibq_fast.generator.sampler import sample_tokens
+from ibq_fast.generator.sampler import Partial, Request, generate, rows_needed
+from ibq_fast.generator.settings import SamplingSettings
 from ibq_fast.generator.transformer import Block, HeadNorm
 from ibq_fast.ops import linear_cross_entropy
 
@@ -61,7 +64,7 @@ class Generator(PretrainedMixin, nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_norm = HeadNorm(config)
         self.head = nn.Linear(width, config.vocab_size, bias=False)
-        self._cache: KVCache | None = None
+        self._decoder: tuple[tuple[Any, ...], Decoder] | None = None
         self.reset_parameters()
 
     @property
@@ -98,51 +101,86 @@ class Generator(PretrainedMixin, nn.Module):
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.head.weight.dtype
         return linear_cross_entropy(hidden.to(dtype), self.head.weight.to(dtype), tokens.flatten().long())
 
-    @torch.no_grad()
     def sample(
         self,
         class_ids: Tensor | Sequence[int],
-        cfg_scale: float | None = None,
+        cfg_scale: float | Guidance | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
         *,
         first_image: int = 0,
+        precision: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Draw images: tokens int64 [B, rows, columns], one image per entry of ``class_ids`` [B].
 
         ``cfg_scale`` s > 1 guides: logits u + s (c - u) of the class's c and the null class's u; None or
-        s <= 1 samples the class's logits alone, at half the cost. ``temperature`` > 0 divides logits;
-        ``top_k`` keeps the k largest (0: all, 1: greedy), then ``top_p`` in (0, 1] keeps the smallest set of
-        that probability.
+        s <= 1 samples the class's logits alone, at half the cost; a :class:`Guidance` has a scale for each
+        position. ``temperature`` > 0 divides logits; ``top_k`` keeps the k largest (0: all, 1: greedy), then
+        ``top_p`` in (0, 1] keeps the smallest set of that probability. ``precision`` of the weights while
+        decoding: "float32", "bf16", "int8" (one scale per output channel), None for the model's.
 
         Row i is image ``first_image + i`` of the run ``seed``. Its random numbers depend on those two, the
-        position and the code alone, so a run may be cut into calls anywhere and gives the same images. One
-        caveat: logits come from matrix products, whose last bits a library may let depend on the number of
-        rows. Rows are padded to multiples of 8, for which products agree bit by bit on the CPUs measured;
-        elsewhere a draw closer than float rounding may come out differently.
+        position and the code alone, so a run may be cut into calls anywhere and gives the same images. On the
+        CPU that holds bit for bit: the native kernels give a row the same bits in any batch. The composite
+        backend rests on a library's products, whose last bits may depend on the number of rows: there a draw
+        closer than float rounding may come out differently.
 
         ``progress(done, total)`` is called after every position. Works in training mode too, always without
-        dropout. The key-value cache is kept for the next call; ``train()`` frees it.
+        dropout. The decoder with its key-value cache is kept for the next call; ``train()`` frees it.
         """
-        ids = arguments.sampled_classes(class_ids, self.config, self.head.weight.device)
-        arguments.check_sampling(cfg_scale, temperature, top_k, top_p, seed, first_image)
         if progress is not None and not callable(progress):
             raise ValueError(f"progress: expected a callable (done, total), got {progress!r}")
-        tokens = sample_tokens(
-            self,
-            ids,
-            guidance=cfg_scale if cfg_scale is not None and cfg_scale > 1 else None,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
+        tokens = torch.empty(0, *self.config.grid, dtype=torch.int64, device=self.head.weight.device)
+        for part in self.generate(
+            class_ids,
+            cfg_scale,
+            temperature,
+            top_k,
+            top_p,
+            seed,
             first_image=first_image,
-            progress=progress,
-        )
-        return tokens.unflatten(1, self.config.grid)
+            precision=precision,
+        ):
+            tokens = part.tokens
+            if progress is not None:
+                progress(part.done, part.total)
+        return tokens
+
+    def generate(
+        self,
+        class_ids: Tensor | Sequence[int],
+        cfg_scale: float | Guidance | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        *,
+        first_image: int = 0,
+        precision: str | None = None,
+    ) -> Iterator[Partial]:
+        """As :meth:`sample`, with what is drawn so far after every position: ``done`` of ``total`` positions
+        and ``tokens`` int64 [B, rows, columns], -1 where none is drawn yet. Nothing without images.
+
+        Arguments are checked at once. Several of these may be under way at a time; each has a decoder of its
+        own, which is given back when it ends or is closed.
+        """
+        ids = arguments.sampled_classes(class_ids, self.config, torch.device("cpu")).tolist()
+        guidance = Guidance(cfg_scale) if isinstance(cfg_scale, (int, float)) else cfg_scale
+        settings = SamplingSettings(guidance, temperature, top_k, top_p)
+        arguments.check_numbers(seed=seed, first_image=first_image)
+        precision_of(self, precision)
+        requests = [Request(ids[i], settings, seed, first_image + i) for i in range(len(ids))]
+        return self._generated(requests, precision)
+
+    @torch.no_grad()
+    def _generated(self, requests: list[Request], precision: str | None) -> Iterator[Partial]:
+        if requests:
+            rows = len(requests) * rows_needed(requests[0].settings, self.config.num_tokens)
+            with self._lent_decoder(rows, precision) as decoder:
+                yield from generate(decoder, requests)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Token indices [...] -> input vectors [..., width]."""
@@ -157,18 +195,33 @@ class Generator(PretrainedMixin, nn.Module):
         activated = F.silu(class_vectors)
         return (self.shared_adaln(activated) if self.config.shared_adaln else activated), activated
 
-    def kv_cache(self, rows: int) -> KVCache:
-        """The cache for ``rows`` sequences, allocated once and kept while it is large enough."""
-        weight = self.head.weight
-        if self._cache is None or not self._cache.fits(rows, weight.dtype, weight.device):
-            self._cache = None
-            self._cache = KVCache(self.config, rows, weight.dtype, weight.device)
-        return self._cache
+    def decoder(self, rows: int, precision: str | None = None) -> Decoder:
+        """A decoder for at least ``rows`` sequences, made once and kept while it is large enough and the
+        weights are the ones that it was made from. ``precision``: "float32", "bf16", "int8", ...; None is
+        the model's."""
+        precision = precision_of(self, precision)
+        weights = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self.parameters())
+        key = (precision, weights)
+        if self._decoder is None or self._decoder[0] != key or self._decoder[1].rows < rows:
+            self._decoder = None
+            self._decoder = key, Decoder(self, rows, precision=precision)
+        return self._decoder[1]
+
+    @contextmanager
+    def _lent_decoder(self, rows: int, precision: str | None) -> Iterator[Decoder]:
+        """:meth:`decoder`, out of reach of others until it is given back."""
+        self.decoder(rows, precision)
+        lent, self._decoder = self._decoder, None
+        assert lent is not None
+        try:
+            yield lent[1]
+        finally:
+            self._decoder = None if self.training else lent
 
     def train(self, mode: bool = True) -> Generator:
-        """As ``nn.Module.train``; entering training mode frees the sampling cache."""
+        """As ``nn.Module.train``; entering training mode frees the decoder."""
         if mode:
-            self._cache = None
+            self._decoder = None
         super().train(mode)
         return self
 

@@ -53,9 +53,3 @@ class RotaryTable(nn.Module):
         super()._apply(fn, recurse)
         self.table = self._build(self.table.device)
         return self
-
-
-def rotate(x: Tensor, factors: Tensor) -> Tensor:
-    """Turn the channel pairs of x [..., L, heads, head_dim] by ``factors`` [2, L, 1, head_dim]; x's dtype."""
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(x * factors[0], swapped, factors[1]).to(x.dtype)

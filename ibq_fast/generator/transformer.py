@@ -7,7 +7,8 @@ Every block is modulated by the class (adaLN). From the class embedding c it der
     x <- x + gate_mlp       * mlp(      norm(x) * (1 + scale_mlp)       + shift_mlp)
 
 The norm's own weight w is folded into the scale: norm(x) * (1 + scale) = x/rms(x) * [w * (1 + scale)].
-:meth:`Block.modulation` returns the six folded, so a sampler derives them once per image, not once per token.
+:meth:`Block.modulation` returns the six folded. Decoding one token at a time against a cache is
+:mod:`ibq_fast.ops.generator_step`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibq_fast.generator.config import GeneratorConfig
-from ibq_fast.generator.rotary import rotate
+from ibq_fast.ops.generator_step import modulated_norm, rotate
 
 
 class Modulation(NamedTuple):
@@ -37,25 +38,9 @@ class Modulation(NamedTuple):
         return Modulation(*(part.unsqueeze(1) for part in self))
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * scale + shift over the last dimension."""
-    return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], None, eps), scale)
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """softmax(q keysᵀ / sqrt(head_dim)) values, nothing masked: q [B, H, G, D], keys, values [B, H, T, D].
-
-    On the CPU the last float32 bits of the fused kernel depend on which thread works on a row, hence on the
-    size of the batch; two plain products have no such dependence and sample equally fast (within 3 %).
-    """
-    if not (q.is_cpu and q.dtype == torch.float32):
-        return F.scaled_dot_product_attention(q, keys, values)
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, keys.transpose(-1, -2))
-    return torch.matmul(scores.softmax(dim=-1), values)
-
-
 class RMSNorm(nn.Module):
-    """Weight of a root-mean-square norm; :func:`modulated_norm` applies it, folded into a scale."""
+    """Weight of a root-mean-square norm; :func:`~ibq_fast.ops.generator_step.modulated_norm` applies it,
+    folded into a scale."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -89,22 +74,6 @@ class Attention(nn.Module):
             enable_gqa=self.kv_heads != self.num_heads,
         )
         return self.out(attended.transpose(1, 2).flatten(2))
-
-    def decode(self, x: Tensor, factors: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
-        """One token per row: x [B, width] at ``position``, whose key and value are written to the cache.
-
-        ``keys`` and ``values`` [B, kv_heads, T, head_dim] hold the positions before; only that prefix is
-        read. Queries that share a key head are laid out as its query positions, so nothing is repeated.
-        """
-        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
-        qk, v = qkv.split((self.num_heads + self.kv_heads, self.kv_heads), dim=1)
-        q, k = rotate(qk, factors[:, 0]).split((self.num_heads, self.kv_heads), dim=1)
-        keys[:, :, position] = k
-        values[:, :, position] = v
-        attended = attend(
-            q.unflatten(1, (self.kv_heads, -1)), keys[:, :, : position + 1], values[:, :, : position + 1]
-        )
-        return self.out(attended.reshape(x.shape))
 
 
 class GatedMLP(nn.Module):
@@ -155,8 +124,11 @@ class Block(nn.Module):
     def modulation(self, condition: Tensor) -> Modulation:
         """``condition`` [B, width] = silu(class embedding), or [B, 6 * width], the class projection that all
         blocks share."""
-        shared = condition if hasattr(self, "adaln_offset") else self.adaln(condition)
-        parts = shared.unflatten(-1, (6, -1))
+        return self.fold(condition if hasattr(self, "adaln_offset") else self.adaln(condition))
+
+    def fold(self, projected: Tensor) -> Modulation:
+        """The class's projection [B, 6 * width], the block's own or the shared one -> the modulation."""
+        parts = projected.unflatten(-1, (6, -1))
         if hasattr(self, "adaln_offset"):
             parts = parts + self.adaln_offset
         gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = parts.unbind(-2)
@@ -181,15 +153,6 @@ class Block(nn.Module):
         expanded = F.dropout(expanded, self.mlp_dropout, self.training)
         return torch.addcmul(x, expanded, mod.mlp_gate)
 
-    def decode(
-        self, x: Tensor, mod: Modulation, factors: Tensor, keys: Tensor, values: Tensor, position: int
-    ) -> Tensor:
-        """One token per row against the cache: x [B, width] -> [B, width]; see :meth:`Attention.decode`."""
-        h = modulated_norm(x, mod.attention_scale, mod.attention_shift, self.eps)
-        x = torch.addcmul(x, self.attention.decode(h, factors, keys, values, position), mod.attention_gate)
-        h = modulated_norm(x, mod.mlp_scale, mod.mlp_shift, self.eps)
-        return torch.addcmul(x, self.mlp(h), mod.mlp_gate)
-
 
 class HeadNorm(nn.Module):
     """The last norm, modulated by the class: scale and shift, no gate."""
@@ -202,7 +165,11 @@ class HeadNorm(nn.Module):
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """silu(class embedding) [B, width] -> scale (norm weight folded in) and shift, each [B, width]."""
-        scale, shift = self.adaln(condition).chunk(2, dim=-1)
+        return self.fold(self.adaln(condition))
+
+    def fold(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """The class's projection [B, 2 * width] -> scale and shift."""
+        scale, shift = projected.chunk(2, dim=-1)
         return self.norm.weight * (1 + scale), shift
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 A choice is made for every call, in this order: the call's ``backend=`` argument, :func:`set_backend`, the
 environment variable ``IBQ_FAST_BACKEND`` (read at import), the first row of the table that fits. A forced
-choice that is unknown or cannot serve the call raises ValueError; passing over a preferred row is said once,
-with the reason. Under ``torch.compile`` the choice is made while tracing.
+choice that is unknown or cannot serve the call raises ValueError; passing over a preferred row is said
+once, with the reason. The generator's operators exist in fewer backends than the codebook's: a name forced
+for all calls does not reach an operator that has no such row, which is said once too. Under
+``torch.compile`` the choice is made while tracing.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ ENVIRONMENT_VARIABLE = "IBQ_FAST_BACKEND"
 NAMES = tuple(NAMESPACES)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8)
 
 # Devices whose kernels the tests of every build show to be right. Those of a GPU need a committed result for
 # its architecture (proof.py); until there is one they are served by a forced choice.
@@ -96,14 +98,23 @@ _forced_here: str | None = None
 _forced_by_environment: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
-def add(op: str, dtypes: tuple[torch.dtype, ...], also: tuple[str, ...] = ()) -> None:
-    """Enter the rows of ``op``, preferred first; ``also`` names operators that its gradient needs."""
-    _TABLE[op] = (
-        _native(op, dtypes, also),
-        _triton(op, dtypes),
-        _cupy(op, dtypes, also),
-        Backend("composite", op, (), None, dtypes, None, overload(COMPOSITE_NAMESPACE, op)),
-    )
+def add(
+    op: str,
+    dtypes: tuple[torch.dtype, ...],
+    also: tuple[str, ...] = (),
+    names: tuple[str, ...] = NAMES,
+) -> None:
+    """Enter the rows of ``op``, preferred first; ``also`` names operators that its gradient needs, ``names``
+    the backends that it is written for."""
+    rows = {
+        "native": lambda: _native(op, dtypes, also),
+        "triton": lambda: _triton(op, dtypes),
+        "cupy": lambda: _cupy(op, dtypes, also),
+        "composite": lambda: Backend(
+            "composite", op, (), None, dtypes, None, overload(COMPOSITE_NAMESPACE, op)
+        ),
+    }
+    _TABLE[op] = tuple(rows[name]() for name in names)
 
 
 def _native(op: str, dtypes: tuple[torch.dtype, ...], also: tuple[str, ...]) -> Backend:
@@ -220,7 +231,7 @@ def _choose(
     op: str, device_type: str, dtype: torch.dtype, requested: str | None
 ) -> tuple[Callable[..., Any], str]:
     row, why = _decide(op, device_type, dtype, requested)
-    if why and requested is None and _forced_here is None and _forced_by_environment is None:
+    if why and not why.startswith("forced by "):
         _say_once(f"ibq_fast: using the {row.name} backend, because {why}")
     assert row.call is not None
     return row.call, why
@@ -238,7 +249,9 @@ def _decide(op: str, device_type: str, dtype: torch.dtype, requested: str | None
                 if refusal is not None:
                     raise ValueError(f"backend: {name!r} ({origin}) cannot serve {op}: {refusal}")
                 return row, f"forced by {origin}"
-    passed_over = ""
+        if requested is not None:
+            raise ValueError(f"backend: {name!r} ({origin}) cannot serve {op}: it has no such kernels")
+    passed_over = "" if name is None else f"{name!r} ({origin}) has no {op}"
     for row in rows:
         refusal = row.refusal(device_type, dtype) or row.hesitation(device_type, dtype)
         if refusal is None:

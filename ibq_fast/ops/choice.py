@@ -1,12 +1,12 @@
 """choose_tokens: one draw per row from the softmax of filtered, scaled logits.
 
 Contract. logits [B, V] float32, V ≥ 1; for each row temperature > 0 and top_p in (0, 1] (float32 [B]),
-top_k ≥ 0, seed, image in [0, 2^63) and position in [0, 2^32) (int64 [B]). With x = logits / temperature, rounded to
-float32, the result is int64 [B]:
+top_k ≥ 0, seed, image in [0, 2^63) and position in [0, 2^32) (int64 [B]). With x = logits / temperature,
+rounded to float32, the result is int64 [B]:
 
-    token = argmax over the codes kept by filter_logits(x, top_k, top_p) of x + noise, ties to the lowest code,
+    token = argmax of x + noise over the codes kept by filter_logits(x, top_k, top_p), ties to the lowest,
 
-with the Gumbel noise of :func:`ibq_fast.ops.philox.gumbel`, a function of (seed, image, position, code) alone.
+with the Gumbel noise of :func:`ibq_fast.ops.philox.gumbel`, a function of seed, image, position and code.
 That is a draw from softmax(filter(x)) (Gumbel 1954; Maddison, Tarlow, Minka: A* sampling, 2014), and it
 depends on nothing else in the batch. top_k = 1 is the argmax of the logits. A row with a NaN or a positive
 infinity in x, or without a finite x, gives -1.

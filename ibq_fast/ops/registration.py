@@ -35,19 +35,21 @@ class Operator:
     fake: shapes and dtypes of the outputs from the namespace and the inputs.
     setup_context, backward: as for ``torch.library.register_autograd``; ``backward`` takes the namespace
     first,
-        because a namespace differentiates with its own backward operator.
+        because a namespace differentiates with its own backward operator. None for both: not differentiable.
     """
 
     name: str
     arguments: str
     composite: Callable[..., Any]
     fake: Callable[..., Any]
-    setup_context: Callable[..., None]
-    backward: Callable[..., Any]
+    setup_context: Callable[..., None] | None = None
+    backward: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.arguments.startswith("(") or "->" not in self.arguments:
             raise ValueError(f'arguments: expected "(...) -> (...)", got {self.arguments!r}')
+        if (self.setup_context is None) != (self.backward is None):
+            raise ValueError(f"{self.name}: expected setup_context and backward, or neither")
 
 
 def register(operator: Operator) -> None:
@@ -88,10 +90,14 @@ def _complete(namespace: str, operator: Operator) -> None:
     def fake(*args: Any) -> Any:
         return operator.fake(namespace, *args)
 
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return operator.backward(namespace, ctx, *grads)
-
     torch.library.register_fake(qualified, fake)
+    if operator.backward is None:
+        return
+    differentiate = operator.backward
+
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return differentiate(namespace, ctx, *grads)
+
     torch.library.register_autograd(qualified, backward, setup_context=operator.setup_context)
 
 

@@ -151,7 +151,7 @@ struct ChoiceSpace {
   float* x;         // [padded codes]
   double* weight;   // [padded codes]
   int32_t* member;  // [codes]: the codes of a bin
-  double* mass;     // [kBins]
+  double* mass;     // [kBins], zero between uses
 };
 
 // Scaled logits into space.x, padded with -inf to a multiple of kDraws. Returns the largest, NaN for a bad
@@ -202,24 +202,28 @@ inline Crossing find_crossing(const ChoiceSpace& space, int64_t codes, double li
   for (int level = 0; level < 3; ++level) {
     const int bits = level < 2 ? kBinBits : 32 - 2 * kBinBits, shift = level < 2 ? 21 - 11 * level : 0;
     const uint32_t mask = (1u << bits) - 1;
-    memset(space.mass, 0, sizeof(double) * kBins);
+    uint32_t lowest = mask, highest = 0;
     for (int64_t i = 0; i < found.equal; ++i) {
       const int64_t j = level == 0 ? i : space.member[i];
-      space.mass[(key_of(space.x[j]) >> shift) & mask] += amount(j);
+      const uint32_t bin = (key_of(space.x[j]) >> shift) & mask;
+      space.mass[bin] += amount(j);
+      lowest = bin < lowest ? bin : lowest;
+      highest = bin > highest ? bin : highest;
     }
     double above = found.above;
-    int digit = -1;
+    uint32_t digit = highest;
     bool beyond = false;
-    for (int bin = static_cast<int>(mask); bin >= 0 && !beyond; --bin) {
+    for (uint32_t bin = highest + 1; bin-- > lowest && !beyond;) {
       if (space.mass[bin] == 0.0) continue;
       beyond = above + space.mass[bin] > limit;
       digit = bin;
       found.above = above;
       above += space.mass[bin];
     }
+    memset(space.mass + lowest, 0, sizeof(double) * (highest - lowest + 1));
     if (!beyond && level == 0) return found;
-    key |= static_cast<uint32_t>(digit) << shift;
-    found.equal = narrow(space, found.equal, level == 0, shift, mask, static_cast<uint32_t>(digit));
+    key |= digit << shift;
+    found.equal = narrow(space, found.equal, level == 0, shift, mask, digit);
   }
   found.value = float_of(key);
   return found;
@@ -317,6 +321,7 @@ inline void choose_task(void* context, int task) {
   ChoiceSpace space;
   space.weight = reinterpret_cast<double*>(memory);
   space.mass = space.weight + padded;
+  memset(space.mass, 0, sizeof(double) * kBins);
   space.x = reinterpret_cast<float*>(space.mass + kBins);
   space.member = reinterpret_cast<int32_t*>(space.x + padded);
   for (int64_t row = in.rows * task / shared.tasks; row < in.rows * (task + 1) / shared.tasks; ++row)
