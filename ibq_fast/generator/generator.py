@@ -173,12 +173,14 @@ class Generator(PretrainedMixin, nn.Module):
         arguments.check_numbers(seed=seed, first_image=first_image)
         precision_of(self, precision)
         requests = [Request(ids[i], settings, seed, first_image + i) for i in range(len(ids))]
-        return self._generated(requests, precision)
+        return self.draw(requests, precision)
 
     @torch.no_grad()
-    def _generated(self, requests: list[Request], precision: str | None) -> Iterator[Partial]:
+    def draw(self, requests: Sequence[Request], precision: str | None = None) -> Iterator[Partial]:
+        """As :meth:`generate` for requests that may differ in everything, together in one batch; they are not
+        checked."""
         if requests:
-            rows = len(requests) * rows_needed(requests[0].settings, self.config.num_tokens)
+            rows = sum(rows_needed(request.settings, self.config.num_tokens) for request in requests)
             with self._lent_decoder(rows, precision) as decoder:
                 yield from generate(decoder, requests)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -176,7 +176,7 @@ class Batch:
         self._scales = torch.tensor(scales, dtype=torch.float64).reshape(len(guided), self.total)
         self._advance = (self._positions >= 0).to(torch.int64)
         settings = [d.request.settings for d in drawings]
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "temperature": torch.tensor([s.temperature for s in settings], dtype=torch.float32).to(device),
             "top_k": _integers([s.top_k for s in settings]).to(device),
             "top_p": torch.tensor([s.top_p for s in settings], dtype=torch.float32).to(device),

@@ -109,8 +109,8 @@ def composite(
 ) -> Tensor:
     rows = max(1, _CHUNK // logits.shape[1])
     per_row = (logits, temperature, top_k, top_p, seed, image, position)
-    parts = [reference(*part, filtered) for part in zip(*(t.split(rows) for t in per_row), strict=True)]
-    return torch.cat(parts)
+    chunks = zip(*(tensor.split(rows) for tensor in per_row), strict=True)
+    return torch.cat([reference(*(*chunk, filtered)) for chunk in chunks])
 
 
 def fake(

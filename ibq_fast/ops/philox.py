@@ -27,8 +27,8 @@ def philox_4x32(
     """Four words in [0, 2^32), as int64 tensors of the counters' common broadcast shape.
 
     ``counter``: four int64 tensors of 32-bit words that broadcast together; ``key``: two 32-bit words,
-    numbers or tensors that broadcast with them. Parts of the counter that are the same for many outputs may stay
-    small: each round works on the shapes its operands have, so the first rounds cost little.
+    numbers or tensors that broadcast with them. Parts of the counter that are the same for many outputs may
+    stay small: each round works on the shapes its operands have, so the first rounds cost little.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
