@@ -2,7 +2,7 @@
 #include <cstring>
 
 #include "csrc/arguments.h"
-#include "csrc/cpu_glue.h"
+#include "csrc/cpu_kernels.h"
 #include "csrc/skip_tolerance.h"
 #include "kernels/cpu/codebook.h"
 #include "kernels/cpu/cross_entropy_api.h"

@@ -38,7 +38,12 @@ STABLE_TORCH_LIBRARY(ibq_fast, m) {
       " Tensor targets, int ignore_index, float label_smoothing, Tensor lse)"
       " -> (Tensor grad_hidden, Tensor grad_head, Tensor grad_bias)");
   m.def(
-      "choose_tokens(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, Tensor image,"
+      "choose_tokens(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, Tensor "
+      "image,"
       " Tensor position, bool filtered) -> Tensor");
+  m.def("skinny_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
+  m.def(
+      "generator_step(Tensor x, Tensor positions, Tensor[] weights, Tensor[] scales, Tensor modulation,"
+      " Tensor(a!) cache, Tensor rotary, int num_heads, float eps) -> Tensor");
   m.def("code_histogram(Tensor indices, int codebook_size) -> Tensor");
 }

@@ -13,6 +13,8 @@ namespace ibq::cpu {
 struct Choice;               // choice_api.h
 struct CrossEntropyForward;  // cross_entropy_api.h
 struct CrossEntropyBackward;
+struct SkinnyLinear;  // decode_api.h
+struct GeneratorStep;
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -99,6 +101,8 @@ struct Kernels {
   bool (*cross_entropy_forward)(const Problem&, const CrossEntropyForward&, const Parallel&);
   bool (*cross_entropy_backward)(const Problem&, const CrossEntropyBackward&, const Parallel&);
   bool (*choose_tokens)(const Choice&, const Parallel&);
+  bool (*skinny_linear)(const SkinnyLinear&, const Parallel&);
+  bool (*generator_step)(const GeneratorStep&, const Parallel&);
 };
 
 // The kernels of the best instruction set this CPU has, or of the one that the environment variable

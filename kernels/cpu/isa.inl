@@ -4,15 +4,18 @@
 #include <immintrin.h>
 #endif
 #include <math.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include <type_traits>
 #include <utility>
 
 #include "kernels/cpu/choice_api.h"
 #include "kernels/cpu/codebook.h"
 #include "kernels/cpu/cross_entropy_api.h"
+#include "kernels/cpu/decode_api.h"
 
 namespace ibq::cpu {
 namespace {
@@ -31,6 +34,9 @@ namespace {
 #include "kernels/cpu/cross_entropy.h"
 #include "kernels/cpu/random.h"
 #include "kernels/cpu/choice.h"
+#include "kernels/cpu/crew.h"
+#include "kernels/cpu/skinny.h"
+#include "kernels/cpu/decode.h"
 // clang-format on
 }  // namespace
 
@@ -44,5 +50,7 @@ const Kernels IBQ_KERNELS = {IBQ_ISA_NAME,
                              kBoundedFrom,
                              &cross_entropy_forward,
                              &cross_entropy_backward,
-                             &choose_tokens};
+                             &choose_tokens,
+                             &skinny_linear,
+                             &generator_step};
 }  // namespace ibq::cpu

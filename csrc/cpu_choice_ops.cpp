@@ -1,6 +1,6 @@
 // choose_tokens on the CPU: tensors in, raw pointers to kernels/cpu, tokens out.
 #include "csrc/arguments.h"
-#include "csrc/cpu_glue.h"
+#include "csrc/cpu_kernels.h"
 #include "kernels/cpu/choice_api.h"
 
 namespace ibq {

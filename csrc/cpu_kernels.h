@@ -1,8 +1,6 @@
-// What the CPU's glue files share: the kernels in use, torch's thread pool, typed pointers. No arithmetic.
+// What the CPU implementations of all ops share: the kernels, the thread pool that is lent to them, data
+// pointers.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include "csrc/arguments.h"
 #include "kernels/cpu/codebook.h"

@@ -1,0 +1,278 @@
+// out [M, N] = x [M, C] W^T for few rows, W row-major as it is stored: each element is a dot product of two
+// contiguous vectors, kWidth partial sums (pairs: 2 kWidth terms) added by a fixed tree at the end.
+//
+// An element's sum therefore has one order whatever M is and whoever computes it: results are the same bits
+// for any batch and any number of threads. Rows of W are read once, eight (or four) at a time, straight from
+// where the model keeps them; nothing is packed, so float32 needs no second copy of the weights.
+//
+// Cost: 2MNC operations, N*C weights read. Up to M = 3 eight rows of W meet all of x (16 to 24 sums in
+// registers, AVX-512), beyond that four rows meet up to six rows of x. What is read is 64 bytes of each row
+// in turn, so the lines of the next eight rows are asked for in the same order, into L2: at C = 1024 float32
+// rows lie 4 KiB apart, which L1 would not hold.
+//
+// Tried: panels of 32 outputs as in tile.h; equal while memory-bound, and float32 weights have to be copied.
+#pragma once
+
+#if IBQ_WIDTH == 16
+constexpr int kMaxRows = 6;   // rows of x against four rows of W
+constexpr int kWideRows = 3;  // rows of x against eight
+#else
+constexpr int kMaxRows = 3;
+constexpr int kWideRows = 1;
+#endif
+constexpr int kQuad = 4;
+
+// A type's weights in memory, and what they are multiplied with.
+template <WeightType W>
+struct Weights {
+  static constexpr bool kPairs = kHasPairs && W == WeightType::kBFloat16;
+  static constexpr int64_t kBytes = W == WeightType::kFloat32 ? 4 : W == WeightType::kInt8 ? 1 : 2;
+  static constexpr int64_t kPerLine = 64 / kBytes;                // weights
+  static constexpr int64_t kStep = kPairs ? 2 * kWidth : kWidth;  // terms of one multiply_add
+};
+
+// Rows of x as a product takes them: float32, or bfloat16 where pairs are multiplied, zero from C up to a
+// multiple of 64, and rows apart by a line more, so that they do not all fall on the same places in L1.
+template <WeightType W>
+struct Activations {
+  typedef typename std::conditional<Weights<W>::kPairs, uint16_t, float>::type Element;
+  static IBQ_INLINE int64_t stride(int64_t c) { return (c + 63) / 64 * 64 + 32; }
+  static IBQ_INLINE void put(Element* row, int64_t i, F v, int64_t live) {
+    store_narrow<Weights<W>::kPairs ? DType::kBFloat16 : DType::kFloat32>(row, i, v, live);
+  }
+  static IBQ_INLINE void finish(Element* row, int64_t c) {
+    for (int64_t i = c; i < stride(c); ++i) row[i] = 0;
+  }
+};
+
+typedef int8_t Bytes __attribute__((vector_size(IBQ_WIDTH)));
+
+template <WeightType W>
+IBQ_INLINE F load_weights(const char* p) {
+  if constexpr (Weights<W>::kPairs || W == WeightType::kFloat32) {
+    return load(reinterpret_cast<const float*>(p));
+  } else if constexpr (W == WeightType::kBFloat16) {
+    H h;
+    __builtin_memcpy(&h, p, sizeof(h));
+    return (F)(__builtin_convertvector(h, U) << 16);
+  } else if constexpr (W == WeightType::kInt8) {
+    Bytes b;
+    __builtin_memcpy(&b, p, sizeof(b));
+    return __builtin_convertvector(__builtin_convertvector(b, I), F);
+  } else {
+#if defined(__AVX512F__)
+    return (F)_mm512_maskz_cvtph_ps((__mmask16)-1, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+    return load_as_float<DType::kFloat16>(p, 0);
+#endif
+  }
+}
+
+template <typename Element>
+IBQ_INLINE F load_activations(const Element* p) {
+  return load(reinterpret_cast<const float*>(p));
+}
+
+// The sums of four vectors' lanes.
+typedef float Sums __attribute__((vector_size(16)));
+IBQ_INLINE Sums sums_of(F a, F b, F c, F d) {
+#if defined(__AVX512F__)
+  const F ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  const F cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  F all = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+          __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  all = all + __builtin_shufflevector(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  all = all + __builtin_shufflevector(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  return __builtin_shufflevector(all, all, 0, 4, 8, 12);
+#elif defined(__AVX2__)
+  const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+  const __m256 all = _mm256_hadd_ps(ab, cd);
+  return (Sums)_mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+#else
+  Sums s;
+  const F v[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) s[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
+  return s;
+#endif
+}
+
+// One line of every weight row against the same terms of kM rows of x.
+template <WeightType W, int kM, int kR, typename Element>
+IBQ_INLINE void multiply_line(const char* const (&rows)[kR], int64_t at, const Element* x, int64_t x_stride,
+                              F (&acc)[kM][kR]) {
+#pragma GCC unroll 16
+  for (int64_t s = 0; s < Weights<W>::kPerLine; s += Weights<W>::kStep) {
+    F xs[kM];
+#pragma GCC unroll 6
+    for (int m = 0; m < kM; ++m) xs[m] = load_activations(x + m * x_stride + s);
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) {
+      const F w = load_weights<W>(rows[r] + at + s * Weights<W>::kBytes);
+#pragma GCC unroll 6
+      for (int m = 0; m < kM; ++m) acc[m][r] = multiply_add<Weights<W>::kPairs>(xs[m], w, acc[m][r]);
+    }
+  }
+}
+
+// out[g][m * out_stride + 0..3] for kR / 4 groups of four weight rows; `ahead`: bytes from a row to the one
+// that is read after it.
+template <WeightType W, int kM, int kR, typename Element>
+__attribute__((noinline)) void skinny_tile(const char* const (&rows)[kR], const Element* x, int64_t x_stride,
+                                           int64_t c, int64_t ahead, float* const* out, int64_t out_stride) {
+  constexpr int64_t kPerLine = Weights<W>::kPerLine;
+  F acc[kM][kR];
+#pragma GCC unroll 6
+  for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) acc[m][r] = F{};
+  const int64_t lines = c / kPerLine;
+  for (int64_t l = 0; l < lines; ++l) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) __builtin_prefetch(rows[r] + l * 64 + ahead, 0, 2);
+    multiply_line<W, kM, kR>(rows, l * 64, x + l * kPerLine, x_stride, acc);
+  }
+  if (lines * kPerLine < c) {
+    char tails[kR][64] = {};
+    const char* tail_rows[kR];
+    for (int r = 0; r < kR; ++r) {
+      memcpy(tails[r], rows[r] + lines * 64, (size_t)((c - lines * kPerLine) * Weights<W>::kBytes));
+      tail_rows[r] = tails[r];
+    }
+    multiply_line<W, kM, kR>(tail_rows, 0, x + lines * kPerLine, x_stride, acc);
+  }
+#pragma GCC unroll 2
+  for (int g = 0; g < kR / kQuad; ++g)
+#pragma GCC unroll 6
+    for (int m = 0; m < kM; ++m) {
+      const Sums s = sums_of(acc[m][4 * g], acc[m][4 * g + 1], acc[m][4 * g + 2], acc[m][4 * g + 3]);
+      __builtin_memcpy(out[g] + m * out_stride, &s, sizeof(s));
+    }
+}
+
+// The tile for m rows of x, at most kM.
+template <WeightType W, int kR, int kM, typename Element>
+IBQ_INLINE void skinny_tile_of(int m, const char* const (&rows)[kR], const Element* x, int64_t x_stride,
+                               int64_t c, int64_t ahead, float* const* out, int64_t out_stride) {
+  if (m == kM) return skinny_tile<W, kM, kR>(rows, x, x_stride, c, ahead, out, out_stride);
+  if constexpr (kM > 1) skinny_tile_of<W, kR, kM - 1>(m, rows, x, x_stride, c, ahead, out, out_stride);
+}
+
+// Four rows of W from `first` and four from `second`, of which `live` and `second_live` exist (past them the
+// last one is read again), against m rows of x, into out and second_out [m][out_stride], four columns each.
+template <WeightType W, typename Element>
+void eight_rows(const Matrix& w, int64_t first, int64_t live, int64_t second, int64_t second_live,
+                int64_t step, const Element* x, int64_t m, float* out, float* second_out,
+                int64_t out_stride) {
+  const int64_t bytes = w.c * Weights<W>::kBytes, x_stride = Activations<W>::stride(w.c);
+  const char* const base = static_cast<const char*>(w.rows);
+  const char *eight[8], *four[4], *other[4];
+  for (int r = 0; r < 4; ++r) {
+    eight[r] = four[r] = base + (first + min_of(r, live - 1)) * bytes;
+    if (second_live > 0) eight[4 + r] = other[r] = base + (second + min_of(r, second_live - 1)) * bytes;
+  }
+  const int64_t blocks = (m + kMaxRows - 1) / kMaxRows, ahead = step * bytes;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t from = m * b / blocks;
+    const int count = (int)(m * (b + 1) / blocks - from);
+    const Element* xb = x + from * x_stride;
+    float* outs[2] = {out + from * out_stride, second_out + from * out_stride};
+    if (count <= kWideRows && second_live > 0) {
+      skinny_tile_of<W, 8, kWideRows>(count, eight, xb, x_stride, w.c, ahead, outs, out_stride);
+      continue;
+    }
+    skinny_tile_of<W, 4, kMaxRows>(count, four, xb, x_stride, w.c, ahead, outs, out_stride);
+    if (second_live > 0)
+      skinny_tile_of<W, 4, kMaxRows>(count, other, xb, x_stride, w.c, ahead, outs + 1, out_stride);
+  }
+}
+
+// Rows [first, last) of W against m prepared rows of x: out [m][out_stride], column j being row first + j.
+// Writes up to a multiple of eight columns.
+template <WeightType W, typename Element>
+void skinny_product(const Matrix& w, int64_t first, int64_t last, const Element* x, int64_t m, float* out,
+                    int64_t out_stride) {
+  for (int64_t n = first; n < last; n += 8)
+    eight_rows<W>(w, n, min_of(4, last - n), n + 4, min_of(4, last - n - 4), 8, x, m, out + (n - first),
+                  out + (n - first) + 4, out_stride);
+}
+
+// As much of W, from row `first` on, into L2 as fits there beside the rest.
+template <WeightType W>
+void prefetch_rows(const Matrix& w, int64_t first) {
+  const int64_t bytes = w.c * Weights<W>::kBytes;
+  const char* const from = static_cast<const char*>(w.rows) + first * bytes;
+  const int64_t count = min_of(64 << 10, (w.n - first) * bytes);
+  for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+// Rows of W that a thread takes at a time: about 64 KiB of them, a multiple of eight.
+constexpr int64_t kItemRows = 128;
+inline int64_t item_rows(int64_t n, int64_t row_bytes, int threads) {
+  int64_t rows = (64 << 10) / row_bytes;
+  rows = min_of(rows, n / (4 * threads));
+  rows = min_of(rows / 8 * 8, kItemRows);
+  return rows < 8 ? 8 : rows;
+}
+
+template <WeightType W>
+bool skinny_linear_of(const SkinnyLinear& p, const Parallel& parallel) {
+  typedef typename Activations<W>::Element Element;
+  const int64_t n = p.weight.n, c = p.weight.c, stride = Activations<W>::stride(c);
+  const int64_t step = item_rows(n, c * Weights<W>::kBytes, parallel.threads);
+  const int64_t items = (n + step - 1) / step;
+  const int tasks = (int)min_of(parallel.threads, items);
+  Element* x;
+  float* columns;
+  Workspace workspace;
+  workspace.add(&x, p.m * stride);
+  workspace.add(&columns, tasks * p.m * kItemRows);
+  if (!workspace.allocate()) return false;
+  for (int64_t m = 0; m < p.m; ++m) {
+    for (int64_t i = 0; i < c; i += kWidth)
+      Activations<W>::put(x + m * stride, i, load_live<DType::kFloat32>(p.x, m * c + i, c - i), c - i);
+    Activations<W>::finish(x + m * stride, c);
+  }
+  run_tasks(parallel, tasks, [&](int t) {
+    float* const mine = columns + t * p.m * kItemRows;
+    for (int64_t item = items * t / tasks; item < items * (t + 1) / tasks; ++item) {
+      const int64_t first = item * step, last = min_of(first + step, n);
+      skinny_product<W>(p.weight, first, last, x, p.m, mine, kItemRows);
+      for (int64_t m = 0; m < p.m; ++m)
+        for (int64_t j = first; j < last; j += kWidth) {
+          F v = load_live<DType::kFloat32>(mine, m * kItemRows + j - first, last - j);
+          if constexpr (W == WeightType::kInt8)
+            v = v * load_live<DType::kFloat32>(p.weight.scale, j, last - j);
+          if (p.bias) v = v + load_live<DType::kFloat32>(p.bias, j, last - j);
+          store_narrow<DType::kFloat32>(p.out, m * n + j, v, last - j);
+        }
+    }
+  });
+  return true;
+}
+
+// body called with a value whose type carries the weights' type.
+template <WeightType W>
+struct WeightTypeOf {
+  static constexpr WeightType value = W;
+};
+template <typename Body>
+IBQ_INLINE bool for_weight_type(WeightType t, const Body& body) {
+  switch (t) {
+    case WeightType::kFloat32:
+      return body(WeightTypeOf<WeightType::kFloat32>());
+    case WeightType::kBFloat16:
+      return body(WeightTypeOf<WeightType::kBFloat16>());
+    case WeightType::kFloat16:
+      return body(WeightTypeOf<WeightType::kFloat16>());
+    case WeightType::kInt8:
+      return body(WeightTypeOf<WeightType::kInt8>());
+  }
+  return false;
+}
+
+inline bool skinny_linear(const SkinnyLinear& p, const Parallel& parallel) {
+  return for_weight_type(p.type,
+                         [&](auto type) { return skinny_linear_of<decltype(type)::value>(p, parallel); });
+}
