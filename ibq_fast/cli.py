@@ -65,7 +65,7 @@ examples:
   ibq-fast sample --tokenizer T --generator G --top-k 1 --cfg-scale 1 --out out      greedy, no guidance
   ibq-fast sample --tokenizer T --generator G --classes none --per-class 16 --out out       unconditional
   ibq-fast sample --tokenizer T --generator G --cfg-scale 4 --cfg-schedule power-cosine --out out
-  torchrun --nproc-per-node 2 -m ibq_fast.cli sample --tokenizer T --generator G \
+  torchrun --nproc-per-node 2 -m ibq_fast.cli sample --tokenizer T --generator G \\
     --preset B --per-class 50 --precision bf16 --npz --out out
 """
 
