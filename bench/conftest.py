@@ -109,6 +109,10 @@ def timed(
         if peak > 0:
             metrics.append(_metric("share of peak", [100 * r / peak for r in percentiles(rates)], "%"))
             benchmark.extra_info["machine_peak"] = {"dtype": entry.dtype, "gflops": peak}
+        metrics += [
+            _metric(more.name, percentiles(more.values), more.unit)
+            for more in suite.metrics(case, entry, lane.samples)
+        ]
         benchmark.extra_info["metrics"] = metrics
 
     return record

@@ -28,6 +28,12 @@ _KERNELS = {
         "Cross-entropy over a vocabulary of K codes from hidden states [N, D], forward and backward. "
         "Nominal cost 6·N·K·D operations, without the recomputation that saves the memory.",
     ),
+    "sampling": (
+        "Sampling",
+        "N guided images of 256 tokens from the base model (D = 1024, 16 blocks, a vocabulary of K codes), "
+        "greedy, against the straightforward sampler of the published code (`bench/plain_sampler.py`). "
+        "int8 is weight-only, its sums float32. docs/sampling.md has steps, tokens and bandwidth.",
+    ),
 }
 
 # Tables of a size are for sizes where several implementations meet; the others are points of a curve.

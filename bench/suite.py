@@ -47,11 +47,25 @@ class Entry(Generic[Problem]):
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A figure beside time, a value per sample."""
+
+    name: str
+    values: list[float]
+    unit: str
+
+
+def no_metrics(case: Case, entry: Entry[Any], seconds: list[float]) -> list[Metric]:
+    """Of a suite whose figures are time and throughput."""
+    return []
+
+
+@dataclass(frozen=True)
 class Suite(Generic[Problem]):
     """A kernel with its entries.
 
     problem: inputs of a case. flops: nominal operations of a case (see each suite). check: raises
-    AssertionError when an entry's result is wrong.
+    AssertionError when an entry's result is wrong. metrics: further figures, from an entry's samples.
     """
 
     kernel: str
@@ -59,6 +73,7 @@ class Suite(Generic[Problem]):
     flops: Callable[[Case], float]
     check: Callable[[Problem, Entry[Problem], Any], None]
     entries: tuple[Entry[Problem], ...]
+    metrics: Callable[[Case, Entry[Problem], list[float]], list[Metric]] = no_metrics
 
     def entries_for(self, case: Case, available_bytes: int) -> tuple[list[Entry[Problem]], dict[str, str]]:
         """Entries that run at ``case``, and the reasons why others do not."""

@@ -21,16 +21,14 @@ IBQ_INLINE F gated(F g, F u) {
   return g / (exp_of(e > limit ? limit : e) + 1.0f) * u;
 }
 
-// The store's dtype of a cache, by its weights' type.
-template <WeightType W>
-constexpr DType kCacheType = W == WeightType::kBFloat16  ? DType::kBFloat16
-                             : W == WeightType::kFloat16 ? DType::kFloat16
-                                                         : DType::kFloat32;
-
 template <WeightType W>
 class StepKernel {
   typedef typename Activations<W>::Element Element;
-  static constexpr DType kCache = kCacheType<W>;
+  // The cache's type, and its dtype for the functions of narrow.h.
+  static constexpr WeightType kCached = W == WeightType::kInt8 ? WeightType::kFloat32 : W;
+  static constexpr DType kCache = kCached == WeightType::kBFloat16  ? DType::kBFloat16
+                                  : kCached == WeightType::kFloat16 ? DType::kFloat16
+                                                                    : DType::kFloat32;
 
  public:
   static bool run(const GeneratorStep& p, const Parallel& parallel) {
@@ -275,7 +273,7 @@ class StepKernel {
 #pragma GCC unroll 4
         for (int64_t i = 0; i < 4; ++i) {
           const int64_t at = keys + min_of(t + i, count - 1) * dim + d;
-          acc[i] = multiply_add<false>(q, load_live<kCache>(p_.cache, at, dim - d), acc[i]);
+          acc[i] = multiply_add<false>(q, cached(at, dim - d), acc[i]);
         }
       }
       const Sums s = sums_of(acc[0], acc[1], acc[2], acc[3]);
@@ -294,25 +292,48 @@ class StepKernel {
     return (float)horizontal_sum(sum);
   }
 
-  // out[at + d] = factor * sum_t weights[t] value_t[d]
+  // out[at + d] = factor * sum_t weights[t] value_t[d], even and odd positions apart
   void read_out(int64_t values, int64_t count, const float* weights, float factor, Element* out,
                 int64_t at) const {
     constexpr int kColumns = 4;
+    for (int64_t d = 0; d < p_.head_dim; d += kColumns * kWidth)
+      read_columns<kColumns>(values, count, weights, factor, out, at, d);
+  }
+
+  // Up to kColumns vectors of it from channel d on.
+  template <int kColumns>
+  void read_columns(int64_t values, int64_t count, const float* weights, float factor, Element* out,
+                    int64_t at, int64_t d) const {
     const int64_t dim = p_.head_dim;
-    for (int64_t d0 = 0; d0 < dim; d0 += kColumns * kWidth) {
-      const int columns = (int)min_of(kColumns, (dim - d0 + kWidth - 1) / kWidth);
-      F acc[2][kColumns] = {};
-      for (int64_t t = 0; t < count; ++t)
-        for (int v = 0; v < columns; ++v) {
-          const int64_t d = d0 + v * kWidth;
-          const F x = load_live<kCache>(p_.cache, values + t * dim + d, dim - d);
-          acc[t % 2][v] = multiply_add<false>(set1(weights[t]), x, acc[t % 2][v]);
-        }
-      for (int v = 0; v < columns; ++v) {
-        const int64_t d = d0 + v * kWidth;
-        Activations<W>::put(out, at + d, (acc[0][v] + acc[1][v]) * set1(factor), min_of(kWidth, dim - d));
+    if constexpr (kColumns > 1)
+      if (dim - d <= (kColumns - 1) * kWidth)
+        return read_columns<kColumns - 1>(values, count, weights, factor, out, at, d);
+    F even[kColumns] = {}, odd[kColumns] = {};
+    const auto add = [&](F(&sums)[kColumns], int64_t t) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kColumns; ++v) {
+        const int64_t channel = d + v * kWidth;
+        sums[v] =
+            multiply_add<false>(set1(weights[t]), cached(values + t * dim + channel, dim - channel), sums[v]);
       }
+    };
+    int64_t t = 0;
+    for (; t + 1 < count; t += 2) {
+      add(even, t);
+      add(odd, t + 1);
     }
+    if (t < count) add(even, t);
+    for (int v = 0; v < kColumns; ++v) {
+      const int64_t channel = d + v * kWidth;
+      Activations<W>::put(out, at + channel, (even[v] + odd[v]) * set1(factor), dim - channel);
+    }
+  }
+
+  // kWidth numbers of the cache from element `at` on, or `live`, then zeros.
+  IBQ_INLINE F cached(int64_t at, int64_t live) const {
+    if (live >= kWidth)
+      return widened<kCached>(static_cast<const char*>(p_.cache) + at * Weights<kCached>::kBytes);
+    return load_live<kCache>(p_.cache, at, live);
   }
 
   const GeneratorStep& p_;

@@ -45,20 +45,27 @@ struct Activations {
   }
 };
 
-typedef int8_t Bytes __attribute__((vector_size(IBQ_WIDTH)));
-
+// kWidth consecutive numbers as float32.
 template <WeightType W>
-IBQ_INLINE F load_weights(const char* p) {
-  if constexpr (Weights<W>::kPairs || W == WeightType::kFloat32) {
+IBQ_INLINE F widened(const char* p) {
+  if constexpr (W == WeightType::kFloat32) {
     return load(reinterpret_cast<const float*>(p));
   } else if constexpr (W == WeightType::kBFloat16) {
     H h;
     __builtin_memcpy(&h, p, sizeof(h));
     return (F)(__builtin_convertvector(h, U) << 16);
   } else if constexpr (W == WeightType::kInt8) {
-    Bytes b;
-    __builtin_memcpy(&b, p, sizeof(b));
-    return __builtin_convertvector(__builtin_convertvector(b, I), F);
+    // by hand: GCC 12 converts such a vector element by element
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return (F)_mm512_maskz_cvtepi32_ps((__mmask16)-1, _mm512_maskz_cvtepi8_epi32((__mmask16)-1, bytes));
+#elif defined(__AVX2__)
+    return (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    F v;
+    for (int l = 0; l < kWidth; ++l) v[l] = static_cast<float>(reinterpret_cast<const int8_t*>(p)[l]);
+    return v;
+#endif
   } else {
 #if defined(__AVX512F__)
     return (F)_mm512_maskz_cvtph_ps((__mmask16)-1, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -66,6 +73,15 @@ IBQ_INLINE F load_weights(const char* p) {
     return load_as_float<DType::kFloat16>(p, 0);
 #endif
   }
+}
+
+// The same for a product: pairs stay as they are.
+template <WeightType W>
+IBQ_INLINE F load_weights(const char* p) {
+  if constexpr (Weights<W>::kPairs)
+    return load(reinterpret_cast<const float*>(p));
+  else
+    return widened<W>(p);
 }
 
 template <typename Element>
