@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 class Reporter:
     """Shows steps, images a second, time left and the key figures; silent on all but the main process.
 
-    ``unit`` is what a step is called. ``total_steps`` or ``total_seconds`` bounds the run; with both, whichever comes first ends it.
+    ``unit`` is what a step is called. ``total_steps`` or ``total_seconds`` bounds the run; with both,
+    whichever comes first ends it.
     """
 
     def __init__(
