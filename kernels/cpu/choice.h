@@ -3,8 +3,7 @@
 // Cost for V codes. No filter: one pass over the logits, 3 instructions a code for Philox, a dozen for the
 // bound below; logarithms for about log V codes. top-k: a pass that divides, a histogram of the keys' upper
 // 11 bits, then only the codes of the bin that holds the k-th largest. top-p: the same with float64
-// probabilities in the bins. Measured on one thread with AVX-512 (V = 16,384, one row): see
-// docs/benchmarks.md.
+// probabilities in the bins. Measured times: docs/sampling.md.
 //
 // Which noise is evaluated. With E = -log(1 - v) >= v a code beats the best score so far when
 // E < exp(x - best), so v < exp(x - best) is necessary: one float32 exponential without logarithms decides
