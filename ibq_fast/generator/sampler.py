@@ -105,7 +105,7 @@ class Batch:
         drawn = hidden[at]
         where = positions[self._rows_here]
         if len(self._null_rows):
-            scale = self._scales.gather(1, where[self._guided_here].unsqueeze(1)).to(hidden)
+            scale = self._scales.gather(1, where[self._guided_here].unsqueeze(1)).to(decoder.device)
             conditional, null = drawn[self._guided], hidden[self._null_rows]
             # Three roundings, the same in any batch: a fused lerp's would depend on the shapes.
             mixed = torch.where(scale > 1, null + scale * (conditional - null), conditional)
@@ -173,7 +173,7 @@ class Batch:
         self._rows, self._guided = self._rows_here.to(device), self._guided_here.to(device)
         self._null_rows = _integers(null_rows).to(device)
         scales = [drawings[i].scales + [1.0] * (self.total - len(drawings[i].scales)) for i in guided]
-        self._scales = torch.tensor(scales, dtype=torch.float64).reshape(len(guided), self.total)
+        self._scales = torch.tensor(scales, dtype=self.decoder.dtype).reshape(len(guided), self.total)
         self._advance = (self._positions >= 0).to(torch.int64)
         settings = [d.request.settings for d in drawings]
         self._settings: dict[str, Any] = {
