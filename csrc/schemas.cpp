@@ -37,6 +37,10 @@ STABLE_TORCH_LIBRARY(ibq_fast, m) {
       "linear_cross_entropy_backward(Tensor grad_loss, Tensor hidden, Tensor head, Tensor? bias,"
       " Tensor targets, int ignore_index, float label_smoothing, Tensor lse)"
       " -> (Tensor grad_hidden, Tensor grad_head, Tensor grad_bias)");
+  m.def(
+      "choose_tokens(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, Tensor "
+      "image,"
+      " Tensor position, bool filtered) -> Tensor");
   m.def("skinny_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
   m.def(
       "generator_step(Tensor x, Tensor positions, Tensor[] weights, Tensor[] scales, Tensor modulation,"

@@ -6,6 +6,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ibq_fast.generator import SamplingSettings
 
 from ibq_fast.cli_evaluate import add_evaluate
 
@@ -51,13 +55,22 @@ SAMPLE_EXAMPLES = """\
 writes to OUT:
   class0003_00001.png   image 1 of class 3
   grid.png              a row per class
+  run.json              the settings
+  samples.npz           with --npz: arr_0 uint8 [N, H, W, 3] for the ADM suite's evaluator
 
-Image i of a run depends on the seed and on i alone, not on the batch size.
+Image i of a run depends on the seed and on i alone: not on the batch size, nor on the number of processes.
+A run that was stopped, by kill -9 too, goes on when the same command is given again; other settings are
+refused.
+Under torchrun the processes share the images.
 
 examples:
   ibq-fast sample --tokenizer runs/tok/tokenizer --generator runs/gen/generator --out out
   ibq-fast sample --tokenizer T --generator G --classes 3,7,20-25 --per-class 4 --cfg-scale 2.25 --out out
   ibq-fast sample --tokenizer T --generator G --top-k 1 --cfg-scale 1 --out out      greedy, no guidance
+  ibq-fast sample --tokenizer T --generator G --classes none --per-class 16 --out out       unconditional
+  ibq-fast sample --tokenizer T --generator G --cfg-scale 4 --cfg-schedule power-cosine --out out
+  torchrun --nproc-per-node 2 -m ibq_fast.cli sample --tokenizer T --generator G \\
+    --preset B --per-class 50 --precision bf16 --npz --out out
 """
 
 
@@ -135,13 +148,40 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--generator", required=True, help="directory, hub id or .ckpt")
     sample.add_argument("--tokenizer", required=True, help="the tokenizer it was trained with")
-    sample.add_argument("--classes", default="all", help="all (default), or a list such as 3,7,20-25")
-    sample.add_argument("--per-class", type=int, default=8, help="images of each class (default 8)")
-    sample.add_argument("--cfg-scale", type=float, default=2.0, help="guidance; 1 is none (default 2)")
-    sample.add_argument("--temperature", type=float, default=1.0, help="default 1")
-    sample.add_argument("--top-k", type=int, default=0, help="keep the k likeliest codes; 0 is all (default)")
-    sample.add_argument("--top-p", type=float, default=1.0, help="keep this share of probability (default 1)")
-    sample.add_argument("--seed", type=int, default=0, help="default 0")
+    add = sample.add_argument
+    add("--classes", default="all", help="all (default), none (unconditional), or a list such as 3,7,20-25")
+    add("--per-class", type=int, default=8, help="images of each class (default 8)")
+    add(
+        "--preset",
+        choices=("B", "L", "XL", "XXL"),
+        help="guidance, temperature, top-k and top-p published for a size; what is given besides goes first",
+    )
+    add("--cfg-scale", type=float, help="guidance; 1 is none (default 2)")
+    add(
+        "--cfg-schedule",
+        choices=("constant", "interval", "linear", "power-cosine"),
+        default="constant",
+        help="how guidance changes over the positions of an image (default constant)",
+    )
+    add(
+        "--cfg-interval",
+        type=float,
+        nargs=2,
+        metavar=("START", "STOP"),
+        default=(0.0, 1.0),
+        help="with interval: the shares of the positions between which images are guided",
+    )
+    add("--cfg-power", type=float, default=1.0, help="with power-cosine: the larger, the later (default 1)")
+    add("--temperature", type=float, help="default 1")
+    add("--top-k", type=int, help="keep the k likeliest codes; 0 is all (default)")
+    add("--top-p", type=float, help="keep this share of probability (default 1)")
+    add("--seed", type=int, default=0, help="default 0")
+    add(
+        "--precision",
+        choices=("float32", "bf16", "int8"),
+        help="of the generator's weights while decoding (default: the model's)",
+    )
+    add("--npz", action="store_true", help="write samples.npz when all images are there")
     sample.set_defaults(run=_sample)
 
     for command in (reconstruct, sample):
@@ -216,24 +256,47 @@ def _reconstruct(chosen: argparse.Namespace) -> int:
 
 
 def _sample(chosen: argparse.Namespace) -> int:
-    from ibq_fast.evaluate.sample import sample
+    from ibq_fast.evaluate.sample import Share, sample
 
+    share = Share.of_environment()
     written = sample(
         chosen.generator,
         chosen.tokenizer,
         chosen.out,
         classes=chosen.classes,
         per_class=chosen.per_class,
-        cfg_scale=chosen.cfg_scale,
-        temperature=chosen.temperature,
-        top_k=chosen.top_k,
-        top_p=chosen.top_p,
+        settings=_sampling_settings(chosen),
         seed=chosen.seed,
+        precision=chosen.precision,
         batch_size=chosen.batch_size,
         device=chosen.device,
+        npz=chosen.npz,
+        share=share,
     )
-    sys.stdout.write(f"{len(written)} images and {chosen.out / 'grid.png'}\n")
+    if share.rank == 0:
+        sys.stdout.write(f"{len(written)} images and {chosen.out / 'grid.png'}\n")
     return 0
+
+
+def _sampling_settings(chosen: argparse.Namespace) -> SamplingSettings:
+    """The preset's settings, or the defaults, with what was given besides in their place."""
+    from ibq_fast.evaluate.sample import DEFAULT_SETTINGS
+    from ibq_fast.generator import PRESETS, Guidance, SamplingSettings
+
+    base = PRESETS[chosen.preset] if chosen.preset else DEFAULT_SETTINGS
+    assert base.guidance is not None
+
+    def given(name: str) -> Any:
+        return getattr(base, name) if getattr(chosen, name) is None else getattr(chosen, name)
+
+    scale = base.guidance.scale if chosen.cfg_scale is None else chosen.cfg_scale
+    start, stop = chosen.cfg_interval
+    return SamplingSettings(
+        Guidance(scale, chosen.cfg_schedule, start, stop, chosen.cfg_power),
+        given("temperature"),
+        given("top_k"),
+        given("top_p"),
+    )
 
 
 def _convert(chosen: argparse.Namespace) -> int:

@@ -17,7 +17,6 @@ from PIL import Image
 
 from ibq_fast import doctor, ops
 from ibq_fast.cli import main
-from ibq_fast.evaluate.sample import parse_classes
 from ibq_fast.generator import Generator, GeneratorConfig
 from ibq_fast.quantizer import QuantizerConfig
 from ibq_fast.tokenizer import Tokenizer, TokenizerConfig
@@ -88,46 +87,6 @@ def test_reconstruct_writes_pictures_and_figures(
     said = capsys.readouterr()
     assert "5 images  PSNR" in said.out
     assert f"not read: {broken}: " in said.err
-
-
-def sample(models: tuple[str, str], out: Path, *options: str) -> dict[str, bytes]:
-    arguments = [
-        "sample",
-        "--tokenizer",
-        models[0],
-        "--generator",
-        models[1],
-        "--out",
-        str(out),
-        "--device",
-        "cpu",
-    ]
-    assert main([*arguments, *options]) == 0
-    return {file.name: file.read_bytes() for file in out.iterdir()}
-
-
-def test_sample_writes_an_image_per_seed_whatever_the_batch(models: tuple[str, str], tmp_path: Path) -> None:
-    options = ("--classes", "0,2", "--per-class", "3", "--seed", "5")
-    images = sample(models, tmp_path / "a", *options)
-    assert sorted(images) == [*(f"class{c:04d}_{i:05d}.png" for c in (0, 2) for i in range(3)), "grid.png"]
-    assert images == sample(models, tmp_path / "b", *options, "--batch-size", "2")
-    assert images != sample(models, tmp_path / "c", *options[:-1], "6")
-    with Image.open(tmp_path / "a" / "grid.png") as grid:
-        assert grid.size == (3 * SIDE + 4, 2 * SIDE + 2)
-
-
-def test_sample_without_guidance_and_greedily(models: tuple[str, str], tmp_path: Path) -> None:
-    options = ("--classes", "1", "--per-class", "2", "--cfg-scale", "1", "--top-k", "1")
-    images = sample(models, tmp_path / "a", *options)
-    assert images["class0001_00000.png"] == images["class0001_00001.png"]
-
-
-def test_class_lists() -> None:
-    assert parse_classes("all", 3) == [0, 1, 2]
-    assert parse_classes("3,7, 20-22,3", 30) == [3, 7, 20, 21, 22]
-    for text in ("", "x", "1-", "-1", "5-3", "30", "1;2"):
-        with pytest.raises(ValueError, match="classes: expected"):
-            parse_classes(text, 30)
 
 
 RECONSTRUCT = ["reconstruct", "--tokenizer", "{tokenizer}"]

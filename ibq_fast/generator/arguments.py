@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -67,17 +66,9 @@ def sampled_classes(
     return class_ids.to(device=device, dtype=torch.int64)
 
 
-def check_sampling(
-    cfg_scale: float | None, temperature: float, top_k: int, top_p: float, seed: int, first_image: int
-) -> None:
-    """The settings of one sampling call."""
-    if cfg_scale is not None and not (math.isfinite(cfg_scale) and cfg_scale >= 0):
-        raise ValueError(f"cfg_scale: expected None or a finite number >= 0, got {cfg_scale}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature: expected a finite number > 0 (top_k=1 is greedy), got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a probability in (0, 1], got {top_p}")
-    for name, value in (("top_k", top_k), ("seed", seed), ("first_image", first_image)):
+def check_numbers(**numbers: int) -> None:
+    """Seeds and numbers of images."""
+    for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
             raise ValueError(f"{name}: expected an integer in [0, 2^63), got {value!r}")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -15,8 +16,10 @@ from ibq_fast.checkpoint.pretrained import PretrainedMixin, build_and_load
 from ibq_fast.generator import arguments
 from ibq_fast.generator.config import GeneratorConfig
 from ibq_fast.generator.decoder import Decoder, precision_of
+from ibq_fast.generator.guidance import Guidance
 from ibq_fast.generator.rotary import RotaryTable
-from ibq_fast.generator.sampler import sample_tokens
+from ibq_fast.generator.sampler import Partial, Request, generate, rows_needed
+from ibq_fast.generator.settings import SamplingSettings
 from ibq_fast.generator.transformer import Block, HeadNorm
 from ibq_fast.ops import linear_cross_entropy
 
@@ -98,25 +101,26 @@ class Generator(PretrainedMixin, nn.Module):
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.head.weight.dtype
         return linear_cross_entropy(hidden.to(dtype), self.head.weight.to(dtype), tokens.flatten().long())
 
-    @torch.no_grad()
     def sample(
         self,
         class_ids: Tensor | Sequence[int],
-        cfg_scale: float | None = None,
+        cfg_scale: float | Guidance | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
         *,
         first_image: int = 0,
+        precision: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Draw images: tokens int64 [B, rows, columns], one image per entry of ``class_ids`` [B].
 
         ``cfg_scale`` s > 1 guides: logits u + s (c - u) of the class's c and the null class's u; None or
-        s <= 1 samples the class's logits alone, at half the cost. ``temperature`` > 0 divides logits;
-        ``top_k`` keeps the k largest (0: all, 1: greedy), then ``top_p`` in (0, 1] keeps the smallest set of
-        that probability.
+        s <= 1 samples the class's logits alone, at half the cost; a :class:`Guidance` has a scale for each
+        position. ``temperature`` > 0 divides logits; ``top_k`` keeps the k largest (0: all, 1: greedy), then
+        ``top_p`` in (0, 1] keeps the smallest set of that probability. ``precision`` of the weights while
+        decoding: "float32", "bf16", "int8" (one scale per output channel), None for the model's.
 
         Row i is image ``first_image + i`` of the run ``seed``. Its random numbers depend on those two, the
         position and the code alone, so a run may be cut into calls anywhere and gives the same images. On the
@@ -127,22 +131,58 @@ class Generator(PretrainedMixin, nn.Module):
         ``progress(done, total)`` is called after every position. Works in training mode too, always without
         dropout. The decoder with its key-value cache is kept for the next call; ``train()`` frees it.
         """
-        ids = arguments.sampled_classes(class_ids, self.config, self.head.weight.device)
-        arguments.check_sampling(cfg_scale, temperature, top_k, top_p, seed, first_image)
         if progress is not None and not callable(progress):
             raise ValueError(f"progress: expected a callable (done, total), got {progress!r}")
-        tokens = sample_tokens(
-            self,
-            ids,
-            guidance=cfg_scale if cfg_scale is not None and cfg_scale > 1 else None,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
+        tokens = torch.empty(0, *self.config.grid, dtype=torch.int64, device=self.head.weight.device)
+        for part in self.generate(
+            class_ids,
+            cfg_scale,
+            temperature,
+            top_k,
+            top_p,
+            seed,
             first_image=first_image,
-            progress=progress,
-        )
-        return tokens.unflatten(1, self.config.grid)
+            precision=precision,
+        ):
+            tokens = part.tokens
+            if progress is not None:
+                progress(part.done, part.total)
+        return tokens
+
+    def generate(
+        self,
+        class_ids: Tensor | Sequence[int],
+        cfg_scale: float | Guidance | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        *,
+        first_image: int = 0,
+        precision: str | None = None,
+    ) -> Iterator[Partial]:
+        """As :meth:`sample`, with what is drawn so far after every position: ``done`` of ``total`` positions
+        and ``tokens`` int64 [B, rows, columns], -1 where none is drawn yet. Nothing without images.
+
+        Arguments are checked at once. Several of these may be under way at a time; each has a decoder of its
+        own, which is given back when it ends or is closed.
+        """
+        ids = arguments.sampled_classes(class_ids, self.config, torch.device("cpu")).tolist()
+        guidance = Guidance(cfg_scale) if isinstance(cfg_scale, (int, float)) else cfg_scale
+        settings = SamplingSettings(guidance, temperature, top_k, top_p)
+        arguments.check_numbers(seed=seed, first_image=first_image)
+        precision_of(self, precision)
+        requests = [Request(ids[i], settings, seed, first_image + i) for i in range(len(ids))]
+        return self.draw(requests, precision)
+
+    @torch.no_grad()
+    def draw(self, requests: Sequence[Request], precision: str | None = None) -> Iterator[Partial]:
+        """As :meth:`generate` for requests that may differ in everything, together in one batch; they are not
+        checked."""
+        if requests:
+            rows = sum(rows_needed(request.settings, self.config.num_tokens) for request in requests)
+            with self._lent_decoder(rows, precision) as decoder:
+                yield from generate(decoder, requests)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Token indices [...] -> input vectors [..., width]."""
@@ -168,6 +208,17 @@ class Generator(PretrainedMixin, nn.Module):
             self._decoder = None
             self._decoder = key, Decoder(self, rows, precision=precision)
         return self._decoder[1]
+
+    @contextmanager
+    def _lent_decoder(self, rows: int, precision: str | None) -> Iterator[Decoder]:
+        """:meth:`decoder`, out of reach of others until it is given back."""
+        self.decoder(rows, precision)
+        lent, self._decoder = self._decoder, None
+        assert lent is not None
+        try:
+            yield lent[1]
+        finally:
+            self._decoder = None if self.training else lent
 
     def train(self, mode: bool = True) -> Generator:
         """As ``nn.Module.train``; entering training mode frees the decoder."""

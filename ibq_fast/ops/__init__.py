@@ -12,6 +12,7 @@ from ibq_fast.ops.backends import (
     backend_report,
     set_backend,
 )
+from ibq_fast.ops.choice import choose_tokens
 from ibq_fast.ops.cross_entropy import linear_cross_entropy
 from ibq_fast.ops.entropy import EntropyResult, codebook_entropy
 from ibq_fast.ops.histogram import code_histogram
@@ -30,6 +31,7 @@ __all__ = [
     "SelectResult",
     "available_backends",
     "backend_report",
+    "choose_tokens",
     "code_histogram",
     "codebook_entropy",
     "codebook_search",

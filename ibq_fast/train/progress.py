@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 class Reporter:
     """Shows steps, images a second, time left and the key figures; silent on all but the main process.
 
-    ``total_steps`` or ``total_seconds`` bounds the run; with both, whichever comes first ends it.
+    ``unit`` is what a step is called. ``total_steps`` or ``total_seconds`` bounds the run; with both,
+    whichever comes first ends it.
     """
 
     def __init__(
@@ -23,12 +24,14 @@ class Reporter:
         total_steps: int | None,
         total_seconds: float | None,
         main: bool = True,
+        unit: str = "step",
         console: Console | None = None,
     ) -> None:
         self._title = title
         self._total_steps = total_steps
         self._total_seconds = total_seconds
         self._main = main
+        self._unit = unit
         self._console = console or Console(stderr=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -60,8 +63,9 @@ class Reporter:
         if self._main:
             self._console.print(f"{self._title}: {message}", markup=False, highlight=False, soft_wrap=True)
 
-    def step(self, step: int, seconds: float, images: int) -> None:
-        """Note a finished step: ``seconds`` of training and ``images`` seen since the run's beginning."""
+    def step(self, step: float, seconds: float, images: float) -> None:
+        """Note a finished step, or part of one: ``seconds`` of training and ``images`` seen since the run's
+        beginning."""
         self._rate.note(step, seconds)
         self._images_rate.note(images, seconds)
         if self._bar is not None and self._task is not None:
@@ -69,7 +73,7 @@ class Reporter:
                 self._task, completed=self.progress(step, seconds), text=self._line(step, seconds)
             )
 
-    def figures(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
+    def figures(self, step: float, seconds: float, values: Mapping[str, float]) -> None:
         """Show the figures of a logging interval: in the bar's line, and as a plain line off a terminal."""
         self._values = values
         line = self._line(step, seconds)
@@ -78,7 +82,7 @@ class Reporter:
         else:
             self.say(line)
 
-    def progress(self, step: int, seconds: float) -> float:
+    def progress(self, step: float, seconds: float) -> float:
         """Share of the run that is over, in [0, 1]."""
         shares = [0.0]
         if self._total_steps is not None:
@@ -91,16 +95,16 @@ class Reporter:
     def images_per_second(self) -> float:
         return self._images_rate.per_second
 
-    def _line(self, step: int, seconds: float) -> str:
+    def _line(self, step: float, seconds: float) -> str:
         total = f"/{self._total_steps}" if self._total_steps is not None else ""
-        parts = [f"step {step}{total}", f"{self.images_per_second:.1f} images/s"]
+        parts = [f"{self._unit} {int(step)}{total}", f"{self.images_per_second:.1f} images/s"]
         left = self._seconds_left(step, seconds)
         if left is not None:
             parts.append(f"{_duration(left)} left")
         parts += [f"{name} {value:.4g}" for name, value in self._values.items()]
         return "  ".join(parts)
 
-    def _seconds_left(self, step: int, seconds: float) -> float | None:
+    def _seconds_left(self, step: float, seconds: float) -> float | None:
         left = []
         if self._total_steps is not None and self._rate.per_second > 0:
             left.append((self._total_steps - step) / self._rate.per_second)

@@ -10,6 +10,7 @@
 
 namespace ibq::cpu {
 
+struct Choice;               // choice_api.h
 struct CrossEntropyForward;  // cross_entropy_api.h
 struct CrossEntropyBackward;
 struct SkinnyLinear;  // decode_api.h
@@ -112,6 +113,7 @@ struct Kernels {
   int tile_rows, block_codes, bounded_from;
   bool (*cross_entropy_forward)(const Problem&, const CrossEntropyForward&, const Parallel&);
   bool (*cross_entropy_backward)(const Problem&, const CrossEntropyBackward&, const Parallel&);
+  bool (*choose_tokens)(const Choice&, const Parallel&);
   bool (*skinny_linear)(const SkinnyLinear&, const Parallel&);
   bool (*generator_step)(const GeneratorStep&, const Parallel&);
 };

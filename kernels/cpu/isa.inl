@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "kernels/cpu/choice_api.h"
 #include "kernels/cpu/codebook.h"
 #include "kernels/cpu/cross_entropy_api.h"
 #include "kernels/cpu/decode_api.h"
@@ -35,6 +36,8 @@ namespace {
 #include "kernels/cpu/entry.h"
 #include "kernels/cpu/group_tile.h"
 #include "kernels/cpu/cross_entropy.h"
+#include "kernels/cpu/random.h"
+#include "kernels/cpu/choice.h"
 #include "kernels/cpu/crew.h"
 #include "kernels/cpu/skinny.h"
 #include "kernels/cpu/decode.h"
@@ -52,6 +55,7 @@ const Kernels IBQ_KERNELS = {IBQ_ISA_NAME,
                              kBoundedFrom,
                              &cross_entropy_forward,
                              &cross_entropy_backward,
+                             &choose_tokens,
                              &skinny_linear,
                              &generator_step};
 }  // namespace ibq::cpu

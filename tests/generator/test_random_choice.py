@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.testing import assert_close
 
 from ibq_fast.generator import filter_logits
-from ibq_fast.generator.philox import gumbel, philox_4x32
-from ibq_fast.generator.sampler import choose_tokens
+from ibq_fast.ops import choice, choose_tokens, philox, set_backend
+from ibq_fast.ops.philox import philox_4x32
 
 ONES = 0xFFFFFFFF
 
@@ -38,11 +37,15 @@ def test_philox_gives_the_published_words(
     assert tuple(int(word) for word in philox_4x32((c0, c1, c2, c3), key)) == words
 
 
+def gumbel(seed: int, images: Tensor, position: int, codes: int) -> Tensor:
+    return choice.gumbel(torch.full_like(images, seed), images, torch.full_like(images, position), codes)
+
+
 def test_noise_is_a_function_of_seed_image_position_and_code() -> None:
     images = torch.tensor([0, 1, 2**32, 2**40 + 5])
     noise = gumbel(5, images, 3, 101)
     assert noise.shape == (4, 101)
-    assert noise.dtype == torch.float32
+    assert noise.dtype == torch.float64
     assert torch.equal(gumbel(5, images[[3, 1]], 3, 50), noise[[3, 1], :50])
     others = (gumbel(6, images, 3, 101), gumbel(5 + 2**32, images, 3, 101), gumbel(5, images, 4, 101))
     for other in (*others, noise.roll(1, 0), noise.roll(1, 1)):
@@ -50,7 +53,7 @@ def test_noise_is_a_function_of_seed_image_position_and_code() -> None:
 
 
 def test_noise_is_standard_gumbel_and_finite() -> None:
-    noise = gumbel(1, torch.arange(100), 0, 10_000).double()
+    noise = gumbel(1, torch.arange(100), 0, 10_000)
     assert bool(torch.isfinite(noise).all())
     assert abs(float(noise.mean()) - 0.5772156649) < 5 * math.pi / math.sqrt(6e6)
     assert abs(float(noise.var()) - math.pi**2 / 6) < 0.02
@@ -74,19 +77,20 @@ def test_filter_keeps_ties_with_the_kth_and_always_the_largest() -> None:
     assert torch.isfinite(filter_logits(logits, top_p=1e-6)).sum() == 1
 
 
-DRAWS = 200_000
+DRAWS = 1_000_000
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.7, 0.3, 0.0, -0.5, -1.0, -2.0, -3.0])
 
 
-def draw(temperature: float, top_k: int, top_p: float, seed: int = 0) -> Tensor:
+def draw(temperature: float, top_k: int, top_p: float, seed: int = 0, count: int = DRAWS) -> Tensor:
     return choose_tokens(
-        LOGITS.expand(DRAWS, -1),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        image_ids=torch.arange(DRAWS),
-        position=7,
+        LOGITS.expand(count, -1),
+        temperature=torch.full((count,), temperature),
+        top_k=torch.full((count,), top_k),
+        top_p=torch.full((count,), top_p),
+        seed=torch.full((count,), seed),
+        image=torch.arange(count),
+        position=torch.full((count,), 7),
+        filtered=top_k > 0 or top_p < 1,
     )
 
 
@@ -102,43 +106,67 @@ def chi_squared_p(tokens: Tensor, probabilities: Tensor) -> float:
     return float(torch.special.gammaincc(freedom, statistic / 2))
 
 
-SETTINGS = [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.6, 0, 1.0), (1.0, 3, 1.0), (1.0, 0, 0.8), (1.3, 6, 0.9)]
+def probabilities(temperature: float, top_k: int, top_p: float) -> Tensor:
+    return filter_logits(LOGITS[None] / temperature, top_k, top_p)[0].double().softmax(-1)
+
+
+SETTINGS = [
+    (1.0, 0, 1.0),
+    (0.7, 0, 1.0),
+    (1.6, 0, 1.0),
+    (1.0, 3, 1.0),
+    (0.8, 7, 1.0),
+    (1.0, 0, 0.8),
+    (1.5, 0, 0.95),
+    (1.3, 6, 0.9),
+    (0.6, 8, 0.97),
+]
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS, ids=str)
-def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: float) -> None:
-    probabilities = filter_logits(LOGITS[None] / temperature, top_k, top_p)[0].softmax(-1)
-    assert chi_squared_p(draw(temperature, top_k, top_p), probabilities) > 0.001
+def test_a_million_draws_follow_the_distribution(temperature: float, top_k: int, top_p: float) -> None:
+    tokens = draw(temperature, top_k, top_p)
+    assert chi_squared_p(tokens, probabilities(temperature, top_k, top_p)) > 0.001
+
+
+@pytest.mark.parametrize(
+    "slightly_wrong",
+    [(1.015, 0, 1.0), (1.0, 9, 1.0), (1.0, 0, 0.995), (1.0, 8, 0.99)],
+    ids=["temperature 1.5 % off", "top-k off by one", "top-p drops the last code", "both"],
+)
+def test_a_million_draws_tell_slightly_wrong_settings(slightly_wrong: tuple[float, int, float]) -> None:
+    """The power of the test above: what is wrong by this little is rejected beyond any doubt."""
+    wrong, right = probabilities(*slightly_wrong), probabilities(1.0, 0, 1.0)
+    assert float((wrong - right).abs().max()) < 0.02
+    assert chi_squared_p(draw(*slightly_wrong), right) < 1e-9
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda noise: noise * 1.03,  # a temperature 3 % off
-        lambda noise: (noise * 8).round() / 8,  # coarse noise: ties go to the lowest code
-        lambda noise: torch.where(noise > 5, 5.0, noise),  # a clipped tail
+        lambda noise: noise * 1.03,
+        lambda noise: (noise * 8).round() / 8,
+        lambda noise: torch.where(noise > 5, 5.0, noise),
     ],
-    ids=["scaled", "coarse", "clipped"],
+    ids=["scaled by 3 %", "coarse: ties go to the lowest code", "clipped tail"],
 )
-def test_wrong_samplers_are_rejected(
-    wrong: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+def test_wrong_noise_is_rejected(
+    wrong: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch, forced_composite: None
 ) -> None:
-    from ibq_fast.generator import sampler
+    monkeypatch.setattr(choice, "gumbel", lambda *arguments: wrong(philox.gumbel(*arguments)))
+    assert chi_squared_p(draw(1.0, 0, 1.0, count=200_000), LOGITS.double().softmax(-1)) < 1e-6
 
-    monkeypatch.setattr(sampler, "gumbel", lambda *arguments: wrong(gumbel(*arguments)))
-    assert chi_squared_p(draw(1.0, 0, 1.0), LOGITS.softmax(-1)) < 1e-6
+
+@pytest.fixture
+def forced_composite() -> Iterator[None]:
+    set_backend("composite")
+    yield
+    set_backend(None)
 
 
 def test_draws_of_neighbouring_images_positions_and_seeds_are_independent() -> None:
     first = draw(1.0, 0, 1.0)
-    p = LOGITS.softmax(-1)
+    p = LOGITS.double().softmax(-1)
     joint = (p[:, None] * p[None]).flatten()
     assert chi_squared_p(first[:-1:2] * 10 + first[1::2], joint) > 0.001
     assert chi_squared_p(first * 10 + draw(1.0, 0, 1.0, seed=1), joint) > 0.001
-
-
-def test_top_k_one_is_the_argmax_and_takes_the_lowest_of_equals() -> None:
-    logits = torch.tensor([[0.0, 3.0, 3.0], [5.0, 1.0, 2.0]])
-    settings = {"temperature": 9.0, "top_p": 1.0, "seed": 0, "image_ids": torch.arange(2), "position": 0}
-    assert choose_tokens(logits, top_k=1, **settings).tolist() == [1, 0]
-    assert_close(logits, torch.tensor([[0.0, 3.0, 3.0], [5.0, 1.0, 2.0]]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ibq_fast.generator import Generator, sampler
+from ibq_fast.generator import PRESETS, Generator, Guidance, SamplingSettings, sampler
 from ibq_fast.generator import decoder as decoder_module
 from ibq_fast.generator.decoder import Decoder
+from ibq_fast.ops import choose_tokens
 from ibq_fast.ops.skinny_linear import skinny_linear
 
 VARIANTS: list[dict[str, Any]] = [
@@ -138,28 +140,116 @@ def test_class_projections_and_the_head_run_no_more_than_they_must(
     assert products == [(classes, 6 * 32)] * 2 + [(classes, 2 * 32)] + [(16, 50)] * 12
 
 
-@pytest.mark.parametrize("cfg_scale", [None, 1.7])
+SCHEDULES = [
+    None,
+    Guidance(1.7),
+    Guidance(3.0, "interval", start=0.2, stop=0.6),
+    Guidance(3.0, "linear"),
+    Guidance(3.0, "power-cosine", power=1.5),
+]
+
+
+@pytest.mark.parametrize("guidance", SCHEDULES, ids=str)
 def test_draws_come_from_the_filtered_guided_distribution(
-    make_generator: Callable[..., Generator], cfg_scale: float | None, monkeypatch: pytest.MonkeyPatch
+    make_generator: Callable[..., Generator], guidance: Guidance | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The logits at every position are those of two full forwards, guided by that position's scale."""
     model = make_generator()
     seen: list[torch.Tensor] = []
 
-    def record(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    def record(logits: torch.Tensor, **settings: Any) -> torch.Tensor:
         seen.append(logits.clone())
-        return sampler_filter(logits, top_k, top_p)
+        return choose_tokens(logits, **settings)
 
-    sampler_filter = sampler.filter_logits
-    monkeypatch.setattr(sampler, "filter_logits", record)
-    tokens = model.sample(CLASSES, cfg_scale, temperature=0.7, top_k=4).flatten(1)
+    monkeypatch.setattr(sampler, "choose_tokens", record)
+    tokens = model.sample(CLASSES, guidance, temperature=0.7, top_k=4).flatten(1)
     with torch.no_grad():
         logits = model(tokens[:, :-1], CLASSES)
-        if cfg_scale:
-            null = model(tokens[:, :-1], torch.full_like(CLASSES, 5))
-            logits = null + cfg_scale * (logits - null)
-    assert_close(torch.stack(seen, 1), logits / 0.7, rtol=1e-4, atol=1e-4)
+        null = model(tokens[:, :-1], torch.full_like(CLASSES, 5))
+    scales = torch.tensor(guidance.scales(12) if guidance else [1.0] * 12).clamp_min(1)[:, None]
+    logits = null + scales * (logits - null)
+    assert_close(torch.stack(seen, 1), logits, rtol=1e-4, atol=1e-4)
     likely = logits.topk(4, dim=-1).indices
     assert bool((likely == tokens[..., None]).any(-1).all())
+
+
+def test_schedules_are_their_formulas() -> None:
+    assert Guidance(3.0).scales(4) == [3.0] * 4
+    assert Guidance(3.0, "interval", start=0.25, stop=0.75).scales(4) == [1, 3, 3, 1]
+    assert Guidance(3.0, "linear").scales(4) == [1.5, 2.0, 2.5, 3.0]
+    cosine = [1 + (1 - math.cos(math.pi * (i / 4) ** 2)) for i in range(4)]
+    assert Guidance(3.0, "power-cosine", power=2.0).scales(4) == pytest.approx(cosine)
+    assert SamplingSettings(Guidance(3.0, "interval", start=0.25, stop=0.75)).guidance_scales(4) == [1, 3, 3]
+    assert SamplingSettings(Guidance(1.0, "linear")).guidance_scales(4) == []
+
+
+def test_the_published_presets() -> None:
+    found = {name: (p.guidance.scale, p.temperature, p.top_k, p.top_p) for name, p in PRESETS.items()}
+    assert found == {
+        "B": (2.25, 1.1, 0, 1.0),
+        "L": (2.0, 1.0, 0, 1.0),
+        "XL": (2.35, 1.15, 0, 1.0),
+        "XXL": (2.85, 1.2, 0, 1.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scale": 2.0, "schedule": "cosine"}, "schedule: expected one of constant, interval, linear, power"),
+        (
+            {"scale": 2.0, "schedule": "interval", "start": 0.5, "stop": 0.5},
+            "start, stop: expected 0 <=",
+        ),
+        ({"scale": 2.0, "start": 0.5}, "start, stop: expected with the interval schedule, got 'constant'"),
+        ({"scale": 2.0, "power": 2.0}, "power: expected with the power-cosine schedule, got 'constant'"),
+        ({"scale": 2.0, "schedule": "power-cosine", "power": 0.0}, "power: expected a finite number > 0"),
+    ],
+    ids=str,
+)
+def test_bad_guidance_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Guidance(**arguments)
+
+
+def test_unconditional_sampling_is_that_of_the_null_class(make_generator: Callable[..., Generator]) -> None:
+    model = make_generator()
+    assert torch.equal(model.sample([5, 5], 3.0), model.sample([5, 5]))
+
+
+def test_partial_images_grow_by_a_token_a_position(make_generator: Callable[..., Generator]) -> None:
+    model = make_generator()
+    whole = model.sample(CLASSES, 2.0, seed=4).flatten(1)
+    parts = list(model.generate(CLASSES, 2.0, seed=4))
+    assert [(part.done, part.total) for part in parts] == [(i, 12) for i in range(1, 13)]
+    for part in parts:
+        expected = whole.clone()
+        expected[:, part.done :] = -1
+        assert torch.equal(part.tokens.flatten(1), expected)
+    assert list(model.generate([])) == []
+
+
+def test_generators_under_way_do_not_disturb_each_other(make_generator: Callable[..., Generator]) -> None:
+    model = make_generator()
+    expected = [model.sample([1, 2], seed=seed) for seed in (0, 1)]
+    runs = [model.generate([1, 2], seed=seed) for seed in (0, 1)]
+    for _ in range(12):
+        parts = [next(run) for run in runs]
+        model.sample([0], 3.0, seed=9)
+    assert torch.equal(parts[0].tokens, expected[0])
+    assert torch.equal(parts[1].tokens, expected[1])
+    abandoned = model.generate([1])
+    next(abandoned)
+    abandoned.close()
+    assert torch.equal(model.sample([1, 2], seed=1), expected[1])
+
+
+def test_arguments_of_generate_are_checked_before_the_first_step(
+    make_generator: Callable[..., Generator],
+) -> None:
+    for bad in ({"class_ids": [9]}, {"temperature": 0.0}, {"seed": -1}, {"precision": "fp4"}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected"):
+            make_generator().generate(**({"class_ids": [0]} | bad))
 
 
 def test_low_precision_sampling_runs_and_is_independent_of_the_batch(
@@ -195,8 +285,8 @@ def test_progress_is_told_every_position_and_empty_batches_are_fine(
         ({"top_p": 1.5}, r"top_p: expected a probability in \(0, 1\], got 1.5"),
         ({"top_k": -1}, r"top_k: expected an integer in \[0, 2\^63\), got -1"),
         ({"top_k": 2.0}, "top_k: expected an integer"),
-        ({"cfg_scale": float("inf")}, "cfg_scale: expected None or a finite number >= 0, got inf"),
-        ({"cfg_scale": -1.0}, "cfg_scale: expected None or a finite number >= 0, got -1.0"),
+        ({"cfg_scale": float("inf")}, "cfg_scale: expected a finite number >= 0, got inf"),
+        ({"cfg_scale": -1.0}, "cfg_scale: expected a finite number >= 0, got -1.0"),
         ({"seed": -1}, "seed: expected an integer"),
         ({"first_image": 1.0}, "first_image: expected an integer"),
         ({"progress": 3}, "progress: expected a callable"),

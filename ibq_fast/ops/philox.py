@@ -21,12 +21,14 @@ _WORD = 0xFFFFFFFF
 _ROUNDS = 10
 
 
-def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox_4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, ...]:
     """Four words in [0, 2^32), as int64 tensors of the counters' common broadcast shape.
 
-    ``counter``: four int64 tensors of 32-bit words that broadcast together; ``key``: two 32-bit words.
-    Parts of the counter that are the same for many outputs may stay small: each round works on the shapes its
-    operands have, so the first rounds cost little.
+    ``counter``: four int64 tensors of 32-bit words that broadcast together; ``key``: two 32-bit words,
+    numbers or tensors that broadcast with them. Parts of the counter that are the same for many outputs may
+    stay small: each round works on the shapes its operands have, so the first rounds cost little.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -43,18 +45,18 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, 
     return c0, c1 & _WORD, c2, c3 & _WORD
 
 
-def gumbel(seed: int, image_ids: Tensor, position: int, num_codes: int) -> Tensor:
-    """Standard Gumbel noise float32 [B, num_codes] of ``image_ids`` int64 [B] at one position.
+def gumbel(
+    seed: Tensor, image: Tensor, position: Tensor, num_codes: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Standard Gumbel noise [B, num_codes] of rows with these seeds, images and positions, each int64 [B].
 
-    ``seed`` and image ids are in [0, 2^63), ``position`` and ``num_codes`` below 2^32. The noise is
-    -log(-log(1 - v)), v = (word + 1/2) / 2^32: float32 has its fine steps near v = 0, the end that makes
-    large noise and so decides an argmax.
+    Seeds and images are in [0, 2^63), positions and ``num_codes`` below 2^32. The noise is -log(-log(1 - v)),
+    v = (word + 1/2) / 2^32, computed in ``dtype``: float64, or float32 on devices without it, whose fine
+    steps are near v = 0, the end that makes large noise and so decides an argmax.
     """
-    device = image_ids.device
-    groups = torch.arange((num_codes + 3) // 4, device=device)
-    image = image_ids.unsqueeze(-1)
-    counter = (groups, torch.full_like(image, position), image & _WORD, image >> 32)
-    words = philox_4x32(counter, (seed & _WORD, seed >> 32))
-    uniform = torch.stack(words, dim=-1).flatten(-2)[..., :num_codes].to(torch.float32)
-    uniform = uniform.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    groups = torch.arange((num_codes + 3) // 4, device=image.device)
+    seed, image, position = seed.unsqueeze(-1), image.unsqueeze(-1), position.unsqueeze(-1)
+    words = philox_4x32((groups, position, image & _WORD, image >> 32), (seed & _WORD, seed >> 32))
+    uniform = torch.stack(words, dim=-1).flatten(-2)[..., :num_codes].to(dtype)
+    uniform = uniform.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0 ** -(24 if dtype == torch.float32 else 33))
     return uniform.neg_().log1p_().neg_().log_().neg_()
