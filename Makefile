@@ -66,7 +66,8 @@ isa-tests: build  ## The native ops under every instruction set this CPU has
 	@for isa in $$($(PY) -c 'import torch, ibq_fast._C as c; print(*c.cpu_isas().split(",")[1:])'); do \
 	  echo "IBQ_FAST_CPU_ISA=$$isa"; \
 	  IBQ_FAST_CPU_ISA=$$isa $(PY) -m pytest -q tests/ops/test_index_backprop.py tests/ops/test_search.py \
-	    tests/ops/test_cross_entropy.py tests/test_quantizer_golden.py -k 'native' || exit 1; \
+	    tests/ops/test_cross_entropy.py tests/ops/test_skinny_linear.py tests/generator/test_decoder.py \
+	    tests/test_quantizer_golden.py -k 'native' || exit 1; \
 	done
 
 sanitize: $(STAMP)  ## CTest under the address and undefined-behaviour sanitizers

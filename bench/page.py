@@ -32,7 +32,7 @@ _KERNELS = {
         "Sampling",
         "N guided images of 256 tokens from the base model (D = 1024, 16 blocks, a vocabulary of K codes), "
         "greedy, against the straightforward sampler of the published code (`bench/plain_sampler.py`). "
-        "int8 is weight-only, its sums float32. docs/sampling.md has steps, tokens and bandwidth.",
+        "int8 is weight-only, its sums float32. docs/decoding.md has steps, tokens and bandwidth.",
     ),
 }
 

@@ -65,6 +65,7 @@ class Problem:
         torch.manual_seed(0)
         self.model = Generator(config(case)).eval().requires_grad_(False)
         torch.nn.init.normal_(self.model.head.weight, std=0.05)
+        torch.nn.init.normal_(self.model.token_embedding.weight, std=0.5)
         self.classes = torch.arange(case.n) % self.model.config.num_classes
 
     @functools.cached_property

@@ -1,6 +1,6 @@
 // Many short phases in one parallel region. The pool of the caller is entered once; between phases the
-// threads meet at counters, which costs a tenth of what another region would (0.3 us against 3 to 5 with two
-// threads, and a step of the generator has 80 phases).
+// threads meet at counters in memory that they watch, where another region would have to be entered and left:
+// a step of the generator has 80 phases, of some 30 us each in int8.
 //
 // Items of a phase are dealt out as one range per thread, so that each thread reads its weights in order; who
 // has finished takes from others. A thread waits only for items that some running thread has taken. So

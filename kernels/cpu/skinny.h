@@ -6,11 +6,9 @@
 // where the model keeps them; nothing is packed, so float32 needs no second copy of the weights.
 //
 // Cost: 2MNC operations, N*C weights read. Up to M = 3 eight rows of W meet all of x (16 to 24 sums in
-// registers, AVX-512), beyond that four rows meet up to six rows of x. What is read is 64 bytes of each row
-// in turn, so the lines of the next eight rows are asked for in the same order, into L2: at C = 1024 float32
-// rows lie 4 KiB apart, which L1 would not hold.
-//
-// Tried: panels of 32 outputs as in tile.h; equal while memory-bound, and float32 weights have to be copied.
+// registers, AVX-512), beyond that four rows meet up to six rows of x. A tile reads 64 bytes of each of its
+// rows in turn, but asks memory for what the next tile needs, into L2, in the order in which it lies there:
+// at C = 1024 float32 rows are 4 KiB apart, which L1 would not hold.
 #pragma once
 
 #if IBQ_WIDTH == 16
@@ -132,7 +130,7 @@ IBQ_INLINE void multiply_line(const char* const (&rows)[kR], int64_t at, const E
   }
 }
 
-// out[g][m * out_stride + 0..3] for kR / 4 groups of four weight rows; `ahead`: bytes from a row to the one
+// out[g][m * out_stride + 0..3] for kR / 4 groups of four weight rows; `ahead`: bytes from a group to the one
 // that is read after it.
 template <WeightType W, int kM, int kR, typename Element>
 __attribute__((noinline)) void skinny_tile(const char* const (&rows)[kR], const Element* x, int64_t x_stride,
@@ -146,7 +144,8 @@ __attribute__((noinline)) void skinny_tile(const char* const (&rows)[kR], const 
   const int64_t lines = c / kPerLine;
   for (int64_t l = 0; l < lines; ++l) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kR; ++r) __builtin_prefetch(rows[r] + l * 64 + ahead, 0, 2);
+    for (int r = 0; r < kR; ++r)
+      __builtin_prefetch(rows[r / kQuad * kQuad] + ahead + (l * kQuad + r % kQuad) * 64, 0, 2);
     multiply_line<W, kM, kR>(rows, l * 64, x + l * kPerLine, x_stride, acc);
   }
   if (lines * kPerLine < c) {
