@@ -142,4 +142,4 @@ register(
         backward=no_second_derivative,
     )
 )
-backends.add(NAME, (torch.float32,), names=("native", "composite"))
+backends.add(NAME, backends.FLOATS, names=("native", "composite"))
