@@ -23,6 +23,15 @@ _KERNELS = {
         "cannot change a float32 result may push the share over 100 %. *uniform*: logits of spread 0.001; "
         "*training-like*: codes N(0, 1/D), spread 0.1; *peaked*: features near N(0, 1) codes.",
     ),
+    "training_step": (
+        "Training step of a tokenizer",
+        "The training loop's whole update under the published settings with 64 px images and 32 channels: "
+        "encoder, quantizer, decoder, losses with both entropies, backward pass, discriminator with its "
+        "update, both Adams, averaged weights; 16 x 16 tokens an image, so N = 1,024 is 4 images. LPIPS is "
+        "left out (its weights are a download). *eager* has the published formula in the quantizer's place "
+        "and everything else in common. Nominal cost 16·N·K·D operations and the networks' convolutions "
+        "and attention. Check: loss terms and gradients of the first update.",
+    ),
     "linear_cross_entropy": (
         "Generator's loss",
         "Cross-entropy over a vocabulary of K codes from hidden states [N, D], forward and backward. "
@@ -35,7 +44,7 @@ _MEETING = 3
 
 
 def write(rows: Sequence[Row], plots: dict[str, str], path: Path, plots_folder: str, command: str) -> None:
-    """Write the page of one run: ``plots`` are files in ``plots_folder`` beside it with their captions."""
+    """Write the page of ``rows``, a run's or several runs' newest: ``plots`` are files in ``plots_folder`` beside it with their captions."""
     sections = [_head(rows, command)]
     times = groups(rows, "time")
     for kernel, (title, text) in _KERNELS.items():
@@ -71,8 +80,7 @@ def _head(rows: Sequence[Row], command: str) -> str:
             "|---|---|",
             f"| machine | {first.device}, {first.threads} threads |",
             f"| measured limits | {'; '.join(limits)} |",
-            f"| date | {first.date} |",
-            f"| commit | `{first.commit}` |",
+            *_runs(rows),
             f"| versions | {first.version} |",
             "",
             "Every implementation is checked against a float64 evaluation before it is timed. All that "
@@ -83,6 +91,19 @@ def _head(rows: Sequence[Row], command: str) -> str:
             f"an implementation takes; in {OURS}'s own rows, than its float32.",
         ]
     )
+
+
+def _runs(rows: Sequence[Row]) -> list[str]:
+    """Date and commit; where the newest figures are of several runs, what each of them measured."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.kernel != MACHINE:
+            titles = found.setdefault((row.date, row.commit), [])
+            title = _KERNELS[row.kernel][0].lower()
+            titles += [] if title in titles else [title]
+    if len(found) == 1:
+        return [line for date, commit in found for line in (f"| date | {date} |", f"| commit | `{commit}` |")]
+    return [f"| run | {date}, commit `{commit}`: {', '.join(t)} |" for (date, commit), t in found.items()]
 
 
 def _time_table(group: Group, found: Sequence[Row], rows: Sequence[Row]) -> str:

@@ -19,7 +19,7 @@ from bench.race import Replay, percentiles, run
 from bench.suite import OURS, Entry, Suite
 from bench.suites import LEVELS
 
-MODULES = ("search", "quantizer_step", "cross_entropy", "scaling", "memory")
+MODULES = ("search", "quantizer_step", "training_step", "cross_entropy", "scaling", "memory")
 ROW = Row(
     kernel="search",
     provider=OURS,
