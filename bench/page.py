@@ -44,7 +44,10 @@ _MEETING = 3
 
 
 def write(rows: Sequence[Row], plots: dict[str, str], path: Path, plots_folder: str, command: str) -> None:
-    """Write the page of ``rows``, a run's or several runs' newest: ``plots`` are files in ``plots_folder`` beside it with their captions."""
+    """Write the page of ``rows``, the newest of every kernel.
+
+    ``plots`` are files in ``plots_folder`` beside it with their captions.
+    """
     sections = [_head(rows, command)]
     times = groups(rows, "time")
     for kernel, (title, text) in _KERNELS.items():
