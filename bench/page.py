@@ -39,8 +39,8 @@ _KERNELS = {
     ),
 }
 
-# Tables of a size are for sizes where several implementations meet; the others are points of a curve.
-_MEETING = 3
+# Of kernels with a curve, tables are for sizes where several implementations meet; others are its points.
+_MEETING = {"search": 3, "quantizer_step": 3}
 
 
 def write(rows: Sequence[Row], plots: dict[str, str], path: Path, plots_folder: str, command: str) -> None:
@@ -54,7 +54,7 @@ def write(rows: Sequence[Row], plots: dict[str, str], path: Path, plots_folder: 
         tables = [
             _time_table(group, found, rows)
             for group, found in times.items()
-            if group.kernel == kernel and len(found) >= _MEETING
+            if group.kernel == kernel and len(found) >= _MEETING.get(kernel, 2)
         ]
         if tables:
             sections.append("\n\n".join([f"## {title}", text, *tables]))

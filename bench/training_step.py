@@ -87,6 +87,10 @@ class Problem:
             f"--model.quantizer.codebook_size={case.k}",
             f"--model.quantizer.dim={case.d}",
             "--run.mixed_precision=no",
+            # The first update, which is checked, moves nothing: Adam's first step is the gradient's sign, and
+            # one that flips by rounding would change the discriminator that the tokenizer's loss is about.
+            "--optim.schedule.warmup_steps=1",
+            "--optim.schedule.warmup_start=0",
         ]
 
     def task(self) -> TokenizerTask:
@@ -101,12 +105,12 @@ class Problem:
         assert task.critic is not None
         task.critic.bare.double()
         task.critic.bare.register_forward_pre_hook(lambda module, images: tuple(x.double() for x in images))
-        return _update(task, "composite") | _gradients(task)
+        return _update(task, 0, "composite") | _gradients(task)
 
     @functools.cached_property
     def plain(self) -> dict[str, Tensor]:
         task = self.task()
-        return _update(task, "composite") | _gradients(task)
+        return _update(task, 0, "composite") | _gradients(task)
 
 
 def check(problem: Problem, entry: Entry[Problem], first: dict[str, Tensor]) -> None:
@@ -118,11 +122,11 @@ def _images(case: Case) -> int:
     return -(-case.n // TOKENS)
 
 
-def _update(task: TokenizerTask, backend: str | None = None) -> dict[str, Tensor]:
-    """One update; the terms of its loss."""
+def _update(task: TokenizerTask, step: int, backend: str | None = None) -> dict[str, Tensor]:
+    """The update after ``step`` finished ones; the terms of its loss."""
     set_backend(backend)
     try:
-        terms = task.update(0, 0.0)
+        terms = task.update(step, 0.0)
     finally:
         set_backend(None)
     return {name: terms[name] for name in TERMS}
@@ -143,10 +147,10 @@ def _entry(reference: bool = False, backend: str | None = None) -> Callable[[Pro
         if reference:
             tokenizer: Any = task.tokenizer.bare
             tokenizer.quantizer = ReferenceFormula(tokenizer.quantizer.codebook)
-        first = _update(task, backend) | _gradients(task)
+        first = _update(task, 0, backend) | _gradients(task)
 
         def call() -> dict[str, Tensor]:
-            _update(task, backend)
+            _update(task, 1, backend)
             return first
 
         return call
@@ -173,6 +177,6 @@ SUITE: Suite[Problem] = Suite(
     entries=(
         Entry(OURS, "float32", _entry()),
         Entry("eager", "float32", _entry(reference=True), nxk=12),
-        Entry("chunked eager", "float32", _entry(backend="composite")),
+        Entry("chunked eager", "float32", _entry(backend="composite"), serves=lambda case: case.k <= 1 << 16),
     ),
 )

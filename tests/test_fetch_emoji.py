@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import fetch_emoji  # noqa: E402
+import fetch_emoji
 
-from ibq_fast.data import DataConfig, build_dataset  # noqa: E402
+from ibq_fast.data import DataConfig, build_dataset
 
 TONES = {"1F3FB": {"image": "wave-1f3fb.png", "has_img_google": True}}
 EMOJI = [
