@@ -373,7 +373,8 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
             return
         rows = rows.detach().to(self.codebook.dtype)
         nearest = self.encode(rows, channel_last=True)
-        distances = (rows - self._codes(self.codebook, nearest)).float().square().sum(1)
+        features = self._operands(rows, self.codebook)[0]
+        distances = (features - self._codes(self.codebook, nearest)).float().square().sum(1)
         self.codebook.index_copy_(0, dead, far_rows(rows, distances, dead.numel()))
         self.idle[dead] = 0
 
