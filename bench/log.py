@@ -96,9 +96,11 @@ def read(path: Path) -> list[Row]:
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the last run."""
-    last = max(row.date for row in rows)
-    return [row for row in rows if row.date == last]
+    """The rows of every kernel's last run: a run may have measured some of them only."""
+    last: dict[str, str] = {}
+    for row in rows:
+        last[row.kernel] = max(last.get(row.kernel, ""), row.date)
+    return [row for row in rows if row.date == last[row.kernel]]
 
 
 def _row(values: dict[str, Any]) -> Row:

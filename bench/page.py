@@ -23,6 +23,15 @@ _KERNELS = {
         "cannot change a float32 result may push the share over 100 %. *uniform*: logits of spread 0.001; "
         "*training-like*: codes N(0, 1/D), spread 0.1; *peaked*: features near N(0, 1) codes.",
     ),
+    "training_step": (
+        "Training step of a tokenizer",
+        "The training loop's whole update under the published settings with 64 px images and 32 channels: "
+        "encoder, quantizer, decoder, losses with both entropies, backward pass, discriminator with its "
+        "update, both Adams, averaged weights; 16 x 16 tokens an image, so N = 1,024 is 4 images. LPIPS is "
+        "left out (its weights are a download). *eager* has the published formula in the quantizer's place "
+        "and everything else in common. Nominal cost 16·N·K·D operations and the networks' convolutions "
+        "and attention. Check: loss terms and gradients of the first update.",
+    ),
     "linear_cross_entropy": (
         "Generator's loss",
         "Cross-entropy over a vocabulary of K codes from hidden states [N, D], forward and backward. "
@@ -36,19 +45,22 @@ _KERNELS = {
     ),
 }
 
-# Tables of a size are for sizes where several implementations meet; the others are points of a curve.
-_MEETING = 3
+# Of kernels with a curve, tables are for sizes where several implementations meet; others are its points.
+_MEETING = {"search": 3, "quantizer_step": 3}
 
 
 def write(rows: Sequence[Row], plots: dict[str, str], path: Path, plots_folder: str, command: str) -> None:
-    """Write the page of one run: ``plots`` are files in ``plots_folder`` beside it with their captions."""
+    """Write the page of ``rows``, the newest of every kernel.
+
+    ``plots`` are files in ``plots_folder`` beside it with their captions.
+    """
     sections = [_head(rows, command)]
     times = groups(rows, "time")
     for kernel, (title, text) in _KERNELS.items():
         tables = [
             _time_table(group, found, rows)
             for group, found in times.items()
-            if group.kernel == kernel and len(found) >= _MEETING
+            if group.kernel == kernel and len(found) >= _MEETING.get(kernel, 2)
         ]
         if tables:
             sections.append("\n\n".join([f"## {title}", text, *tables]))
@@ -77,8 +89,7 @@ def _head(rows: Sequence[Row], command: str) -> str:
             "|---|---|",
             f"| machine | {first.device}, {first.threads} threads |",
             f"| measured limits | {'; '.join(limits)} |",
-            f"| date | {first.date} |",
-            f"| commit | `{first.commit}` |",
+            *_runs(rows),
             f"| versions | {first.version} |",
             "",
             "Every implementation is checked against a float64 evaluation before it is timed. All that "
@@ -92,6 +103,19 @@ def _head(rows: Sequence[Row], command: str) -> str:
             "`bench/results/gpu.csv`, which is empty as long as no GPU has been at hand.",
         ]
     )
+
+
+def _runs(rows: Sequence[Row]) -> list[str]:
+    """Date and commit; where the newest figures are of several runs, what each of them measured."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.kernel != MACHINE:
+            titles = found.setdefault((row.date, row.commit), [])
+            title = _KERNELS[row.kernel][0].lower()
+            titles += [] if title in titles else [title]
+    if len(found) == 1:
+        return [line for date, commit in found for line in (f"| date | {date} |", f"| commit | `{commit}` |")]
+    return [f"| run | {date}, commit `{commit}`: {', '.join(t)} |" for (date, commit), t in found.items()]
 
 
 def _time_table(group: Group, found: Sequence[Row], rows: Sequence[Row]) -> str:

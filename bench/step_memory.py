@@ -10,20 +10,14 @@ and weights included; the first step allocates the optimizers' state, later ones
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from bench.memory import status
-from ibq_fast.train import TokenizerRun
-from ibq_fast.train.config import parse_run
-from ibq_fast.train.device import build_accelerator
-from ibq_fast.train.tokenizer import TokenizerTask
+from bench.noise_task import noise_task
 
 
 def main() -> None:
@@ -34,7 +28,7 @@ def main() -> None:
     known, overrides = parser.parse_known_args()
     torch.set_num_threads(known.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        task = _task(known.config, overrides, Path(scratch))
+        task = noise_task(known.config, overrides, Path(scratch), images=4, side=256)
         parameters = sum(p.numel() for p in task.parameters().values())
         print(f"{known.config} {' '.join(overrides)}")
         print(f"{parameters / 1e6:.0f} M parameters, {known.threads} threads; resident {_gib('VmRSS')} GiB")
@@ -44,30 +38,6 @@ def main() -> None:
             seconds = time.perf_counter() - begun
             loss = {name: round(float(terms[name]), 4) for name in ("loss", "discriminator") if name in terms}
             print(f"step {step + 1}: {seconds:.1f} s, peak {_gib('VmHWM')} GiB, {loss}", flush=True)
-
-
-def _task(config: str, overrides: list[str], scratch: Path) -> TokenizerTask:
-    """The config's task over a folder of noise images."""
-    side = 256
-    for i in range(4):
-        (scratch / "noise").mkdir(exist_ok=True)
-        pixels = torch.randint(0, 256, (side, side, 3), dtype=torch.uint8).numpy()
-        Image.fromarray(pixels).save(scratch / "noise" / f"{i}.png")
-    options = [
-        f"--config={config}",
-        f"--run.dir={scratch / 'run'}",
-        "--run.device=cpu",
-        "--perceptual=none",
-        "--data.kind=image_folder",
-        f"--data.root={scratch}",
-        f"--data.val_root={scratch}",
-        "--data.resample=false",
-        "--data.num_workers=0",
-        *overrides,
-    ]
-    run = parse_run(TokenizerRun, options)
-    with contextlib.redirect_stderr(io.StringIO()):
-        return TokenizerTask(run, build_accelerator(run.run))
 
 
 def _gib(field: str) -> str:

@@ -1,6 +1,6 @@
-"""Peak extra memory of one call: the largest training step, and how it grows with K."""
+"""Peak extra memory of one call: the largest training steps, and how it grows with K."""
 
-from bench import cross_entropy, quantizer_step, search
+from bench import cross_entropy, quantizer_step, search, training_step
 from bench.cases import Case
 from bench.suite import Entry, Record, Suite
 from bench.suites import Plan
@@ -21,6 +21,7 @@ PLAN: Plan = {
         _step(1024, 16384, ()),
         (search.SUITE, Case(1024, 262144, 256, entries=("ibq_fast float32", "matmul+argmax float32"))),
         (cross_entropy.SUITE, Case(1024, 16384, 1024)),
+        *[(training_step.SUITE, Case(1024, k, 256)) for k in (16384, 262144)],
     ],
 }
 

@@ -20,6 +20,7 @@ from ibq_fast.distributed import mean_over_all_rows
 from ibq_fast.kmeans import first_random_rows, kmeans
 from ibq_fast.ops import checks, codebook_search, index_backprop, straight_through_select
 from ibq_fast.ops.entropy import entropy_of_mean
+from ibq_fast.restart import count_idle, far_rows
 
 Kind = Literal["ibq", "vq"]
 Commitment = Literal["reference", "paper"]
@@ -69,6 +70,8 @@ class QuantizerConfig:
     init: codes drawn from N(0, 1) ("normal"), N(0, 1/D) ("scaled"), features of the first training batch
         ("features"), or the centres of k-means over the features of the first ``init_batches`` training
         batches, fitted anew at each of them ("kmeans").
+    restart_after: a code that no feature chose in this many training batches moves to a feature that is far
+        from its own code (0: codes stay where gradients take them; IBQ only).
     """
 
     kind: Kind = "ibq"
@@ -85,6 +88,7 @@ class QuantizerConfig:
     init: Init = "normal"
     init_batches: int = 1
     entropy_reduce: EntropyReduce = "device"
+    restart_after: int = 0
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, Kind)
@@ -102,11 +106,14 @@ class QuantizerConfig:
             raise ValueError(f"logit_scale_kind: expected fixed with kind vq, got {self.logit_scale_kind!r}")
         if self.init_batches < 1:
             raise ValueError(f"init_batches: expected at least 1, got {self.init_batches}")
+        if self.restart_after < 0:
+            raise ValueError(f"restart_after: expected 0 (never) or more, got {self.restart_after}")
 
     @property
     def learned_scalars(self) -> tuple[str, ...]:
-        """Names, in a tokenizer, of weights that only these settings add."""
-        return ("quantizer.log_scale",) if self.logit_scale_kind == "learned" else ()
+        """Names, in a tokenizer, of weights and counters that only these settings add."""
+        added = {"log_scale": self.logit_scale_kind == "learned", "idle": self.restart_after > 0}
+        return tuple(f"quantizer.{name}" for name, present in added.items() if present)
 
 
 def build_quantizer(config: QuantizerConfig) -> IndexBackpropQuantizer | VectorQuantizer:
@@ -199,12 +206,17 @@ class _CodebookQuantizer(nn.Module):
         ``backward``, ``encode``, ``decode``, ``logits`` and ``init_from_features`` together, each with
         features of its own. ``codebook`` becomes a new parameter [K_r, D], whose gradient is that of the
         *sum* of the processes' losses (see :func:`~ibq_fast.codebook_parallel.parallel_index_backprop`).
-        Raises ValueError for plain vector quantization, another codebook size and a second call.
+        Raises ValueError for plain vector quantization, restarts, another codebook size and a second call.
         """
         if self.config.kind != "ibq":
             raise ValueError(f"codebook_parallel: expected a quantizer of kind ibq, got {self.config.kind!r}")
         if self.shards is not None:
             raise ValueError("codebook_parallel: expected a whole codebook, got one that is split already")
+        if self.config.restart_after:
+            raise ValueError(
+                "codebook_parallel: expected restart_after 0 (restarts look at the whole codebook), "
+                f"got {self.config.restart_after}"
+            )
         if shards.codebook_size != self.codebook_size:
             raise ValueError(
                 f"shards: expected a split of {self.codebook_size} codes, got {shards.codebook_size}"
@@ -314,9 +326,12 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
     together.
 
     Arguments: the fields of :class:`QuantizerConfig` but ``kind``, which also checks them (ValueError).
-    ``codebook`` [K, D] is the parameter. Under autocast it computes in float32; otherwise features and
+    ``codebook`` [K, D] is the parameter; with restart_after, ``idle`` int64 [K] counts the training batches
+    since a code was last chosen. Under autocast it computes in float32; otherwise features and
     codebook must have one dtype (float32, bfloat16, float16 or float64).
     """
+
+    idle: Tensor
 
     def __init__(
         self,
@@ -334,6 +349,7 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
         init: Init = "normal",
         init_batches: int = 1,
         entropy_reduce: EntropyReduce = "device",
+        restart_after: int = 0,
     ) -> None:
         super().__init__(
             QuantizerConfig(
@@ -351,8 +367,11 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
                 init=init,
                 init_batches=init_batches,
                 entropy_reduce=entropy_reduce,
+                restart_after=restart_after,
             )
         )
+        if restart_after > 0:  # training batches since a code was last chosen
+            self.register_buffer("idle", torch.zeros(codebook_size, dtype=torch.int64))
 
     def forward(self, z: Tensor, channel_last: bool = False) -> QuantizerOutput:
         """Quantize ``z`` [B, D, H, W], or [..., D] with ``channel_last``; an empty batch is allowed.
@@ -361,6 +380,7 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
         """
         rows, shape = self._rows(z, channel_last)
         self._first_features(rows)
+        self._restart(rows)
         rows, codebook = self._widen(rows)
         with _full_precision(z):
             features, codebook, scale, norm_weight = self._operands(rows, codebook)
@@ -369,6 +389,8 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
             c = self.config
             entropy = c.sample_entropy_weight * sample - c.codebook_entropy_weight * usage
             quantization = self._quantization_loss(features, z_q, codes)
+        if self.config.restart_after > 0 and self.training:
+            count_idle(self.idle, indices)
         return QuantizerOutput(
             _restore(z_q, shape, channel_last), indices.view(shape), quantization, sample, usage, entropy
         )
@@ -406,6 +428,23 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
         if over_all_rows:
             usage = entropy_of_mean(mean_over_all_rows(mean_prob, vectors.shape[0]))
         return z_q, codes, indices, sample, usage
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _restart(self, rows: Tensor) -> None:
+        """Move codes that have been idle for too long to features [N, D] that are far from their codes."""
+        patience = self.config.restart_after
+        if patience == 0 or not self.training or not rows.shape[0]:
+            return
+        dead = (self.idle >= patience).nonzero().squeeze(1)[: rows.shape[0]]
+        if not dead.numel():
+            return
+        rows = rows.detach().to(self.codebook.dtype)
+        nearest = self.encode(rows, channel_last=True)
+        features = self._operands(rows, self.codebook)[0]
+        distances = (features - self._codes(self.codebook, nearest)).float().square().sum(1)
+        self.codebook.index_copy_(0, dead, far_rows(rows, distances, dead.numel()))
+        self.idle[dead] = 0
 
     @property
     def logit_scale(self) -> float:

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cross_entropy, eager, log, machine, page, plots, quantizer_step, search, truth
+from bench import (
+    cross_entropy,
+    eager,
+    log,
+    machine,
+    page,
+    plots,
+    quantizer_step,
+    search,
+    training_step,
+    truth,
+)
 from bench.cases import REGIMES, Case
 from bench.eager import Quantized
 from bench.log import Row
@@ -19,7 +30,7 @@ from bench.race import Replay, percentiles, run
 from bench.suite import OURS, Entry, Suite
 from bench.suites import LEVELS
 
-MODULES = ("search", "quantizer_step", "cross_entropy", "sampling", "scaling", "memory")
+MODULES = ("search", "quantizer_step", "training_step", "cross_entropy", "sampling", "scaling", "memory")
 ROW = Row(
     kernel="search",
     provider=OURS,
@@ -110,6 +121,21 @@ def test_a_wrong_step_is_refused(regime, changes):
     assert lane.samples == []
 
 
+def test_a_training_step_is_checked_down_to_its_gradients():
+    """The published formula passes, and so does ours; a thousandth off in one gradient does not."""
+    case = Case(training_step.TOKENS, 96, 32)
+    problem = training_step.Problem(case)
+    entries, _ = training_step.SUITE.entries_for(case, 1 << 40)
+    for entry in entries[:2]:
+        assert entry.provider in (OURS, "eager")
+        first = entry.prepare(problem)()
+        training_step.check(problem, entry, first)
+    wrong = first | {"gradient of quantizer.codebook": 1.001 * first["gradient of quantizer.codebook"]}
+    with pytest.raises(AssertionError, match="of quantizer"):
+        training_step.check(problem, replace(entry, provider=OURS), wrong)
+    assert training_step.SUITE.flops(case) > 8 * case.product
+
+
 def test_a_right_step_is_timed():
     race = run(quantizer_step.SUITE, Case(16, 96, 32, "training-like"), [_wrong_step()], 0.0)
     lane = race.lanes[f"{OURS} float32"]
@@ -187,6 +213,18 @@ def test_csv_keeps_its_columns_and_every_run(tmp_path: Path):
 def test_rows_of_a_foreign_file_are_refused():
     with pytest.raises(ValueError, match="pytest bench"):
         log.rows_of({"machine_info": {}, "benchmarks": []})
+
+
+def test_the_newest_figures_are_those_of_every_kernels_last_run(tmp_path: Path):
+    again = replace(ROW, date="2026-02-01", commit="later")
+    other = replace(again, kernel="training_step", provider="eager")
+    limit = replace(again, kernel="machine", metric="throughput", size="")
+    rows = [replace(ROW, p50=9.0), again, replace(other, date=ROW.date, commit="c"), limit]
+    assert log.newest(rows) == rows[1:]
+    page.write(log.newest(rows), {}, tmp_path / "benchmarks.md", "plots", "the command")
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "| run | 2026-02-01, commit `later`: search |" in text
+    assert "| run | 2026-01-01, commit `c`: training step of a tokenizer |" in text
 
 
 def test_page_gives_ratios_to_the_same_mode(tmp_path: Path):

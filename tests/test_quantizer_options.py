@@ -163,3 +163,35 @@ def test_fitted_codes_stay_after_loading() -> None:
     other.load_state_dict(fitted.state_dict())
     other.train()(rows() + 5, channel_last=True)
     assert torch.equal(other.codebook, fitted.codebook)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_codes_that_nothing_chooses_start_again_at_features(similarity: Any) -> None:
+    quantizer = make(similarity=similarity, restart_after=3)
+    with torch.no_grad():
+        quantizer.codebook[10:] = -100.0 * rows(1)  # far away, and last by any product with these rows
+    z = rows(1) + 0.1 * rows()
+    used = quantizer(z, channel_last=True).indices.unique()
+    for _ in range(2):
+        quantizer(z, channel_last=True)
+    before = quantizer.codebook.detach().clone()
+    quantizer.eval()(z, channel_last=True)
+    assert torch.equal(quantizer.codebook, before), "evaluation moves nothing"
+    out = quantizer.train()(z, channel_last=True)
+    out.quantization_loss.backward()
+    dead = torch.ones(23, dtype=torch.bool)
+    dead[used] = False
+    assert torch.equal(quantizer.codebook.detach()[used], before[used])
+    moved = quantizer.codebook.detach()[dead]
+    assert all((z == code).all(1).any() for code in moved), "each is a feature"
+    assert len(moved.unique(dim=0)) == len(moved), "each another one"
+    if similarity != "dot":  # where a feature's best code is the nearest one
+        assert len(out.indices.unique()) > len(used)
+    assert bool((quantizer.idle[out.indices] == 0).all())
+
+
+def test_restarts_are_off_unless_asked_for_and_refuse_nonsense() -> None:
+    assert set(make().state_dict()) == {"codebook"}
+    assert set(make(restart_after=2).state_dict()) == {"codebook", "idle"}
+    with pytest.raises(ValueError, match="restart_after: expected 0"):
+        make(restart_after=-1)

@@ -191,10 +191,11 @@ def _bare(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 def with_codes_set(config: TokenizerConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A tokenizer's weights with the flag that its codes are not to be drawn from features again, where
-    ``config`` has one.
+    ``config`` has one, and without counters of idle codes where it has none.
     """
     name, waits = "quantizer.initialized", config.quantizer.init in ("features", "kmeans")
-    found = {key: tensor for key, tensor in weights.items() if waits or key != name}
+    unknown = {name: not waits, "quantizer.idle": config.quantizer.restart_after == 0}
+    found = {key: tensor for key, tensor in weights.items() if not unknown.get(key)}
     return {**found, **({name: torch.ones((), dtype=torch.bool)} if waits and name not in found else {})}
 
 

@@ -99,6 +99,23 @@ def test_only_matrices_decay() -> None:
     )
 
 
+def test_the_fused_optimizer_of_the_cpu_is_the_plain_one() -> None:
+    updated = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        module = nn.Linear(64, 32)
+        optimizer = build_optimizer(OptimConfig(kind="adamw", weight_decay=0.1), module.parameters())
+        assert all(group["fused"] for group in optimizer.param_groups)
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        for _ in range(5):
+            module(torch.randn(8, 64)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        updated.append(module.weight.detach())
+    torch.testing.assert_close(*updated, rtol=1e-6, atol=1e-7)
+
+
 def test_the_average_starts_at_the_first_update_and_follows_the_formula() -> None:
     module = nn.Linear(2, 2)
     frozen = module.bias.requires_grad_(False)
