@@ -194,12 +194,14 @@ def refused() -> list[str]:
     quantizer.split_codebook(shards)
     other = IndexBackpropQuantizer(codebook_size=K + 1, dim=D)
     vq = VectorQuantizer(codebook_size=K, dim=D)
+    restarting = IndexBackpropQuantizer(codebook_size=K, dim=D, restart_after=5)
     calls: list[Callable[[], Any]] = [
         lambda: CodebookShards(K, 3),
         lambda: CodebookShards(1),
         lambda: quantizer.split_codebook(shards),
         lambda: other.split_codebook(shards),
         lambda: vq.split_codebook(shards),
+        lambda: restarting.split_codebook(shards),
     ]
     said = []
     for call in calls:
@@ -216,6 +218,7 @@ REFUSED = [
     "codebook_parallel: expected a whole codebook, got one that is split already",
     f"shards: expected a split of {K + 1} codes, got {K}",
     "codebook_parallel: expected a quantizer of kind ibq, got 'vq'",
+    "codebook_parallel: expected restart_after 0 (restarts look at the whole codebook), got 5",
 ]
 
 
