@@ -1,13 +1,14 @@
 """One small tokenizer under every choice that decides whether its codebook collapses, at two code dimensions.
 
-    python -m bench.collapse --minutes 3                          everything: choices × dimensions × minutes
-    python -m bench.collapse --minutes 3 --only euclidean_kmeans --dim 256
+    python -m bench.collapse                                      everything: choices × dimensions
+    python -m bench.collapse --only euclidean_kmeans --dim 256
     python -m bench.collapse --list
     python -m bench.collapse --draw                               plot and table from what was measured so far
 
 Every run has the same encoder, decoder, images (embedded Fashion-MNIST, 32 px, 8 × 8 tokens), losses,
-optimizer, seed and time. Its evaluations on held-out images go to bench/results/collapse.csv in the place of
-earlier ones of the same choice and dimension: it can be made in parts. Each call ends with drawing.
+optimizer, seed and number of steps. Its evaluations on held-out images go to bench/results/collapse.csv in
+the place of earlier ones of the same choice and dimension: it can be made in parts. Each call ends with
+drawing.
 """
 
 from __future__ import annotations
@@ -91,10 +92,10 @@ CHOICES: dict[str, Choice] = {
 }
 
 
-def measure(name: str, dim: int, minutes: float, codes: int, threads: int) -> list[dict[str, Any]]:
-    """Train under choice ``name`` for ``minutes`` and return its rows, one an evaluation."""
+def measure(name: str, dim: int, steps: int, codes: int, threads: int) -> list[dict[str, Any]]:
+    """Train under choice ``name`` for ``steps`` and return its rows, one an evaluation."""
     with tempfile.TemporaryDirectory() as scratch:
-        run = _run(name, dim, minutes, codes, Path(scratch) / "run")
+        run = _run(name, dim, steps, codes, Path(scratch) / "run")
         train_tokenizer(run)
         training = {line["step"]: line for line in read_metrics(Path(run.run.dir), "train")}
         held_out = read_metrics(Path(run.run.dir), "eval")
@@ -108,18 +109,18 @@ def measure(name: str, dim: int, minutes: float, codes: int, threads: int) -> li
     return rows
 
 
-def _run(name: str, dim: int, minutes: float, codes: int, folder: Path) -> TokenizerRun:
+def _run(name: str, dim: int, steps: int, codes: int, folder: Path) -> TokenizerRun:
     choice = CHOICES[name].quantizer
     return TokenizerRun(
         run=RunConfig(
             dir=str(folder),
-            max_minutes=minutes,
+            steps=steps,
             device="cpu",
-            log_every=50,
-            eval_every=50,
+            log_every=steps // 8,
+            eval_every=steps // 8,
             sample_every=0,
             save_every=0,
-            eval_batches=16,
+            eval_batches=8,
             pictures=1,
             usage_window=50,
             tensorboard=False,
@@ -128,7 +129,7 @@ def _run(name: str, dim: int, minutes: float, codes: int, folder: Path) -> Token
         model=TokenizerConfig(
             image_channels=1,
             resolution=32,
-            base_channels=32,
+            base_channels=16,
             channel_multipliers=(1, 1, 2),
             num_res_blocks=1,
             attention_resolutions=(),
@@ -165,8 +166,8 @@ def table(rows: list[dict[str, str]]) -> str:
     for row in rows:
         last[row["choice"], row["dim"]] = row
     lines = [
-        "| D | choice | codes in use | perplexity | PSNR | saturated rows | logit scale | steps | after |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| D | choice | codes in use | perplexity | PSNR | saturated rows | logit scale | steps |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(last.values(), key=lambda row: (int(row["dim"]), -float(row["psnr"]))):
         saturated = f"{float(row['saturated']):.0%}" if row["saturated"] else "–"
@@ -174,7 +175,7 @@ def table(rows: list[dict[str, str]]) -> str:
         lines.append(
             f"| {row['dim']} | {CHOICES[row['choice']].title} | {float(row['utilisation']):.0%} "
             f"| {float(row['perplexity']):.0f} | {float(row['psnr']):.2f} dB | {saturated} | {scale} "
-            f"| {row['step']} | {float(row['seconds']):.0f} s |"
+            f"| {row['step']} |"
         )
     return "\n".join(lines)
 
@@ -194,12 +195,12 @@ def draw() -> None:
     for column, dim in enumerate(dims):
         for i, name in enumerate(CHOICES):
             line = [row for row in rows if row["choice"] == name and int(row["dim"]) == dim]
-            seconds = [float(row["seconds"]) for row in line]
+            steps = [int(row["step"]) for row in line]
             for axis, key in zip(axes[:, column], ("psnr", "utilisation"), strict=True):
                 style = {"color": plt.get_cmap("tab20")(i % 20), "label": name, "linewidth": 1.5}
-                axis.plot(seconds, [float(row[key]) for row in line], **style)
+                axis.plot(steps, [float(row[key]) for row in line], **style)
         axes[0, column].set(title=f"D = {dim}", ylabel="PSNR, dB")
-        axes[1, column].set(xlabel="seconds", ylabel="share of codes in use", ylim=(0, 1))
+        axes[1, column].set(xlabel="steps", ylabel="share of codes in use", ylim=(0, 1))
     axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     PLOT.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PLOT, dpi=100, bbox_inches="tight")
@@ -218,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="bench.collapse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=3.0, help="training time of each run")
+    parser.add_argument("--steps", type=int, default=600, help="optimiser steps of each run, at least 8")
     parser.add_argument("--only", action="append", choices=CHOICES, help="this choice (repeatable)")
     parser.add_argument("--dim", type=int, action="append", help=f"this dimension (default {DIMS})")
     parser.add_argument("--codes", type=int, default=1024)
@@ -237,7 +238,7 @@ def main() -> None:
             for name in chosen.only or CHOICES:
                 if (name, dim) not in have:
                     print(f"{name}, D = {dim}", flush=True)
-                    keep(measure(name, dim, chosen.minutes, chosen.codes, chosen.threads))
+                    keep(measure(name, dim, chosen.steps, chosen.codes, chosen.threads))
     draw()
 
 

@@ -2,7 +2,8 @@
 
 Nominal cost 16·N·K·D, the eight products of the dense fused algorithm: S, P·E and S for the mean of p
 forward; S, g·Eᵀ, dS·E, dSᵀ·z and S for the row constants backward. An implementation that skips what cannot
-count may exceed the peak in these units.
+count may exceed the peak in these units: ours keeps logits in a bounded buffer
+and forms five where they fit, six where only the entries that count in p do.
 """
 
 from __future__ import annotations

@@ -72,12 +72,14 @@ T* data(const Tensor& t) {
 
 void check_memory(bool ok) { STD_TORCH_CHECK(ok, "ibq_fast: not enough memory for the kernel's workspace"); }
 
-// Uninitialised [rows, columns] from kept memory: for gradients as large as a codebook.
-Tensor large_empty(int64_t rows, int64_t columns, ScalarType dtype) {
-  const int64_t bytes = rows * columns * static_cast<int64_t>(dtype == ScalarType::Float ? 4 : 2);
+// Uninitialised tensor of kept memory, contiguous: for outputs as large as a codebook.
+Tensor large_empty(std::initializer_list<int64_t> shape, ScalarType dtype, int64_t element_bytes) {
+  int64_t bytes = element_bytes;
+  for (int64_t size : shape) bytes *= size;
   void* memory = cpu::take_memory(bytes);
-  STD_TORCH_CHECK(memory != nullptr, "ibq_fast: not enough memory for a gradient of ", bytes, " bytes");
-  return torch::stable::from_blob(memory, {rows, columns}, {columns, 1},
+  STD_TORCH_CHECK(memory != nullptr, "ibq_fast: not enough memory for an output of ", bytes, " bytes");
+  const int64_t strides[] = {*(shape.end() - 1), 1};  // of one or two dimensions
+  return torch::stable::from_blob(memory, shape, {strides + 2 - shape.size(), shape.size()},
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
                                   [bytes](void* p) { cpu::return_memory(p, bytes); });
 }
@@ -132,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> straight_through_select(Tenso
 std::tuple<Tensor, Tensor, Tensor> gradients(const Operands& in, cpu::Backward& args) {
   const int64_t n = in.problem.n, k = in.problem.k, d = in.problem.d;
   Tensor grad_z = new_of(in.z, {n, d}, in.z.scalar_type());
-  Tensor grad_codebook = large_empty(k, d, in.z.scalar_type());
+  Tensor grad_codebook = large_empty({k, d}, in.z.scalar_type(), in.z.element_size());
   Tensor grad_bias = new_of(in.z, {in.bias ? k : 0}, ScalarType::Float);
   if (n > 0) {
     args.grad_z = grad_z.mutable_data_ptr();
@@ -230,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_statistics_backward(Tensor grad_row_e
 }
 
 // Both groups in one sweep: the training step's forward.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> index_backprop(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> index_backprop(
     Tensor z, Tensor codebook, std::optional<Tensor> bias, double scale, double norm_weight,
     double temperature) {
   Operands in(z, codebook, bias, scale);
@@ -248,6 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor mean_prob = new_of(z, {k}, ScalarType::Float);
   Tensor lse_tau = new_of(z, {n}, ScalarType::Double);
   Tensor tile_bound = new_of(z, {2, tiles, blocks}, ScalarType::Float);
+  Tensor candidates = large_empty({kernels().candidate_bytes(n, k)}, ScalarType::Byte, 1);
   if (n > 0) {
     cpu::Forward out;
     out.indices = data<int64_t>(indices);
@@ -258,6 +261,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     out.mean_prob = data<float>(mean_prob);
     out.lse_tau = data<double>(lse_tau);
     out.tile_bound = tiles > 0 ? data<float>(tile_bound) : nullptr;
+    out.candidates = candidates.numel() > 0 ? candidates.mutable_data_ptr() : nullptr;
+    out.candidate_bytes = candidates.numel();
     // without skipping no bounds are kept; zeros say that every tile may matter, should a backward ask
     if (in.problem.dropped_mass == 0) torch::stable::zero_(tile_bound);
     check_memory(kernels().forward(in.problem, out, torch_parallel()));
@@ -265,13 +270,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   } else {
     torch::stable::zero_(mean_prob);
   }
-  return {z_q, codes, indices, lse, readout, row_entropy, mean_prob, lse_tau, tile_bound};
+  return {z_q, codes, indices, lse, readout, row_entropy, mean_prob, lse_tau, tile_bound, candidates};
 }
 
 std::tuple<Tensor, Tensor, Tensor> index_backprop_backward(
     Tensor grad_z_q, Tensor grad_codes, Tensor grad_row_entropy, Tensor grad_mean_prob, Tensor z,
     Tensor codebook, std::optional<Tensor> bias, double scale, double norm_weight, double temperature,
-    Tensor indices, Tensor lse, Tensor readout, Tensor row_entropy, Tensor lse_tau, Tensor tile_bound) {
+    Tensor indices, Tensor lse, Tensor readout, Tensor row_entropy, Tensor lse_tau, Tensor tile_bound,
+    Tensor candidates) {
   Operands in(z, codebook, bias, scale);
   STD_TORCH_CHECK(temperature > 0, "temperature: expected a positive number, got ", temperature);
   in.problem.norm_weight = static_cast<float>(norm_weight);
@@ -288,8 +294,9 @@ std::tuple<Tensor, Tensor, Tensor> index_backprop_backward(
   check_shape(row_entropy, "row_entropy", {n}, ScalarType::Float);
   check_shape(lse_tau, "lse_tau", {n}, ScalarType::Double);
   check_shape(tile_bound, "tile_bound", {2, tiles, blocks}, ScalarType::Float);
+  check_shape(candidates, "candidates", {kernels().candidate_bytes(n, k)}, ScalarType::Byte);
   for (Tensor* t : {&grad_z_q, &grad_codes, &grad_row_entropy, &grad_mean_prob, &indices, &lse, &readout,
-                    &row_entropy, &lse_tau, &tile_bound})
+                    &row_entropy, &lse_tau, &tile_bound, &candidates})
     *t = torch::stable::contiguous(*t);
   cpu::Backward args;
   args.grad_z_q = grad_z_q.const_data_ptr();
@@ -301,6 +308,8 @@ std::tuple<Tensor, Tensor, Tensor> index_backprop_backward(
   args.grad_row_entropy = static_cast<const float*>(grad_row_entropy.const_data_ptr());
   args.grad_mean_prob = static_cast<const float*>(grad_mean_prob.const_data_ptr());
   args.tile_bound = tiles > 0 ? static_cast<const float*>(tile_bound.const_data_ptr()) : nullptr;
+  args.candidates = candidates.numel() > 0 ? candidates.const_data_ptr() : nullptr;
+  args.candidate_bytes = candidates.numel();
   auto [grad_z, grad_codebook, grad_bias] = gradients(in, args);
   scatter_add(in, grad_z_q, grad_codes, indices, grad_codebook);
   return {grad_z, grad_codebook, grad_bias};
@@ -351,7 +360,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(Tensor grad_los
   grad_loss = torch::stable::contiguous(grad_loss);
   lse = torch::stable::contiguous(lse);
   Tensor grad_hidden = new_of(hidden, {n, d}, hidden.scalar_type());
-  Tensor grad_head = large_empty(k, d, hidden.scalar_type());
+  Tensor grad_head = large_empty({k, d}, hidden.scalar_type(), hidden.element_size());
   Tensor grad_bias = new_of(hidden, {in.bias ? k : 0}, ScalarType::Float);
   args.grad_loss = static_cast<const float*>(grad_loss.const_data_ptr());
   args.lse = static_cast<const double*>(lse.const_data_ptr());

@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_statistics_backward(Tensor grad_row_e
   return gradients(in, args, "softmax_statistics_backward");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> index_backprop(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> index_backprop(
     Tensor z, Tensor codebook, std::optional<Tensor> bias, double scale, double norm_weight,
     double temperature) {
   const Operands in(z, codebook, bias, scale, norm_weight);
@@ -204,6 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor mean_prob = new_of(z, {k}, ScalarType::Float);
   Tensor lse_tau = new_of(z, {n}, ScalarType::Double);
   Tensor tile_bound = new_of(z, {2, tiles, blocks}, ScalarType::Float);
+  Tensor candidates = new_of(z, {0}, ScalarType::Byte);  // only the CPU kernels list any
   ibq_softmax_forward out{};
   out.indices = data<int64_t>(indices);
   out.lse = data<double>(lse);
@@ -219,13 +220,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   } else {
     torch::stable::zero_(mean_prob);
   }
-  return {z_q, codes, indices, lse, readout, row_entropy, mean_prob, lse_tau, tile_bound};
+  return {z_q, codes, indices, lse, readout, row_entropy, mean_prob, lse_tau, tile_bound, candidates};
 }
 
 std::tuple<Tensor, Tensor, Tensor> index_backprop_backward(
     Tensor grad_z_q, Tensor grad_codes, Tensor grad_row_entropy, Tensor grad_mean_prob, Tensor z,
     Tensor codebook, std::optional<Tensor> bias, double scale, double norm_weight, double temperature,
-    Tensor indices, Tensor lse, Tensor readout, Tensor row_entropy, Tensor lse_tau, Tensor tile_bound) {
+    Tensor indices, Tensor lse, Tensor readout, Tensor row_entropy, Tensor lse_tau, Tensor tile_bound,
+    Tensor candidates) {
   const Operands in(z, codebook, bias, scale, norm_weight);
   const int64_t n = in.problem.N, k = in.problem.K, d = in.problem.D;
   int64_t tiles, blocks;
@@ -240,6 +242,7 @@ std::tuple<Tensor, Tensor, Tensor> index_backprop_backward(
   row_entropy = in.take(row_entropy, "row_entropy", {n}, ScalarType::Float);
   lse_tau = in.take(lse_tau, "lse_tau", {n}, ScalarType::Double);
   tile_bound = in.take(tile_bound, "tile_bound", {2, tiles, blocks}, ScalarType::Float);
+  in.take(candidates, "candidates", {0}, ScalarType::Byte);
   ibq_softmax_backward args{};
   args.grad_z_q = grad_z_q.const_data_ptr();
   args.grad_codes = grad_codes.const_data_ptr();

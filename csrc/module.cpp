@@ -29,20 +29,23 @@ PyObject* has_cuda(PyObject*, PyObject*) {
 #endif
 }
 
-// tile_shape(): rows and codes of a tile of the CPU kernels in use, and the smallest codebook that keeps
-// bounds; cuda_tile_shape(): the same of the CUDA kernels, linked in or not.
+// cuda_tile_shape(): rows and codes of a tile of the CUDA kernels, linked in or not, and the smallest
+// codebook that keeps bounds.
 PyObject* cuda_tile_shape(PyObject*, PyObject*) {
   return Py_BuildValue("iiL", ibq::cuda::kSweepTileRows, ibq::cuda::kSweepTileCodes,
                        static_cast<long long>(ibq::cuda::kBoundedFrom));
 }
 
+// tile_shape(): rows and codes of a tile of the CPU kernels in use, the smallest codebook that keeps bounds
+// and candidates, and the most bytes of candidates.
 PyObject* tile_shape(PyObject*, PyObject*) {
   const ibq::cpu::Kernels* kernels = ibq::cpu::kernels();
   if (kernels == nullptr) {
     PyErr_Format(PyExc_RuntimeError, "IBQ_FAST_CPU_ISA: expected one of %s", ibq::cpu::available_isas());
     return nullptr;
   }
-  return Py_BuildValue("iii", kernels->tile_rows, kernels->block_codes, kernels->bounded_from);
+  return Py_BuildValue("iiiL", kernels->tile_rows, kernels->block_codes, kernels->bounded_from,
+                       static_cast<long long>(ibq::cpu::kMostCandidateBytes));
 }
 
 // release_memory(): frees what CPU ops keep for their next large output; returns its bytes.
@@ -67,7 +70,7 @@ PyMethodDef methods[] = {
      "Name of the CPU instruction set in use, or None if the forced one is absent."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "Names of the CPU instruction sets available here, best first."},
     {"tile_shape", tile_shape, METH_NOARGS,
-     "Rows, codes and smallest codebook of the CPU kernels' tile bounds."},
+     "Rows, codes and smallest codebook of the CPU kernels' tile bounds; most bytes of candidates."},
     {"cuda_tile_shape", cuda_tile_shape, METH_NOARGS,
      "Rows, codes and smallest codebook of the CUDA kernels' tile bounds."},
     {"set_cupy_launcher", ibq::cupy::set_launcher, METH_O,

@@ -24,12 +24,12 @@ STABLE_TORCH_LIBRARY(ibq_fast, m) {
       "index_backprop(Tensor z, Tensor codebook, Tensor? bias, float scale, float norm_weight, float "
       "temperature)"
       " -> (Tensor z_q, Tensor codes, Tensor indices, Tensor lse, Tensor readout, Tensor row_entropy,"
-      " Tensor mean_prob, Tensor lse_tau, Tensor tile_bound)");
+      " Tensor mean_prob, Tensor lse_tau, Tensor tile_bound, Tensor candidates)");
   m.def(
       "index_backprop_backward(Tensor grad_z_q, Tensor grad_codes, Tensor grad_row_entropy,"
       " Tensor grad_mean_prob, Tensor z, Tensor codebook, Tensor? bias, float scale, float norm_weight,"
       " float temperature, Tensor indices, Tensor lse, Tensor readout, Tensor row_entropy, Tensor lse_tau,"
-      " Tensor tile_bound) -> (Tensor grad_z, Tensor grad_codebook, Tensor grad_bias)");
+      " Tensor tile_bound, Tensor candidates) -> (Tensor grad_z, Tensor grad_codebook, Tensor grad_bias)");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor head, Tensor? bias, Tensor targets, int ignore_index,"
       " float label_smoothing) -> (Tensor loss, Tensor lse)");

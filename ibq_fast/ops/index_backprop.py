@@ -6,9 +6,12 @@ those of :mod:`ibq_fast.ops.select` (z_q, codes, indices, lse, readout) and of :
 (row_entropy, mean_prob, lse_tau = lse of S/τ); the gradient is the sum of theirs, in one [K, D] tensor, and
 the norms' share, -2 norm_weight · (column sums of dS) · codebook, is added to it where it stands.
 tile_bound [2, tiles, blocks] float32 holds the greatest log-probability of each tile under P and under p
-(empty where a backend keeps none); the backward skips tiles by it.
+(empty where a backend keeps none); the backward skips tiles by it. candidates uint8 [bytes] holds, in the
+backend's own form, what of S is left for the backward: tiles of it, and lists of the entries that count in
+softmax(S/τ) (empty where a backend leaves nothing).
 
-Nothing of size N×K is stored. Cost in products of 2·N·K·D operations: forward 3, backward 5, against 4 and 8
+Nothing of size N×K is stored: candidates end at 256 MB. Cost in products of 2·N·K·D operations: forward 2,
+backward 3 where S fits into them, 2 and 4 where lists do (a trained codebook), else 3 and 5, against 4 and 8
 of the two operators apart; less where tiles are negligible.
 """
 
@@ -57,7 +60,7 @@ def index_backprop(
     checks.positive("temperature", temperature)
     op = backends.select(NAME, z.device.type, z.dtype, backend)
     out = op(z, codebook, bias, float(scale), float(norm_weight), float(temperature))
-    z_q, codes, indices, _, _, row_entropy, mean_prob, _, _ = out
+    z_q, codes, indices, _, _, row_entropy, mean_prob, *_ = out
     summary = entropy.summarize(row_entropy, mean_prob, eps)
     return IndexBackpropResult(z_q, codes, indices, *summary)
 
@@ -68,7 +71,8 @@ def reference(
     """The formulas themselves, with [N, K] tensors in memory; differentiable by autograd."""
     bias = bias_with_norms(codebook, bias, norm_weight)
     selected = select.reference(z, codebook, bias, scale)
-    return *selected, *entropy.reference(z, codebook, bias, scale, temperature), z.new_empty((2, 0, 0))
+    statistics = entropy.reference(z, codebook, bias, scale, temperature)
+    return *selected, *statistics, *_nothing_kept(z)
 
 
 def composite(
@@ -77,7 +81,12 @@ def composite(
     bias = bias_with_norms(codebook, bias, norm_weight)
     selected = select.composite(z, codebook, bias, scale)
     statistics = entropy.composite(z, codebook, bias, scale, temperature)
-    return *selected, *statistics, z.new_empty((2, 0, 0), dtype=torch.float32)
+    return *selected, *statistics, *_nothing_kept(z)
+
+
+def _nothing_kept(z: Tensor) -> tuple[Tensor, Tensor]:
+    """tile_bound and candidates of a backend that keeps neither."""
+    return z.new_empty((2, 0, 0), dtype=torch.float32), z.new_empty(0, dtype=torch.uint8)
 
 
 def composite_backward(
@@ -97,6 +106,7 @@ def composite_backward(
     row_entropy: Tensor,
     lse_tau: Tensor,
     tile_bound: Tensor,
+    candidates: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     whole = bias_with_norms(codebook, bias, norm_weight)
     grads = select.composite_backward(grad_z_q, grad_codes, z, codebook, whole, scale, indices, lse, readout)
@@ -120,11 +130,13 @@ def fake(
 ) -> tuple[Tensor, ...]:
     selected = select.fake(namespace, z, codebook, bias, scale)
     statistics = entropy.fake(namespace, z, codebook, bias, scale, temperature)
-    tiles, blocks = 0, 0
-    if namespace in (native.NAMESPACE, cupy.NAMESPACE):
-        device = z.device.type if namespace == native.NAMESPACE else "cuda"
-        tiles, blocks = native.tile_grid(z.shape[0], codebook.shape[0], device)
-    return *selected, *statistics, z.new_empty((2, tiles, blocks), dtype=torch.float32)
+    if namespace not in (native.NAMESPACE, cupy.NAMESPACE):
+        return *selected, *statistics, *_nothing_kept(z)
+    n, k = z.shape[0], codebook.shape[0]
+    device_type = z.device.type if namespace == native.NAMESPACE else "cuda"
+    bound = z.new_empty((2, *native.tile_grid(n, k, device_type)), dtype=torch.float32)
+    listed = native.candidate_bytes(n, k) if device_type == "cpu" else 0
+    return *selected, *statistics, bound, z.new_empty(listed, dtype=torch.uint8)
 
 
 def fake_backward(namespace: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,14 +145,14 @@ def fake_backward(namespace: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z, codebook, bias, scale, norm_weight, temperature = inputs
-    _, _, indices, lse, readout, row_entropy, _, lse_tau, tile_bound = output
-    ctx.mark_non_differentiable(indices, lse, readout, lse_tau, tile_bound)
-    ctx.save_for_backward(z, codebook, bias, indices, lse, readout, row_entropy, lse_tau, tile_bound)
+    _, _, indices, lse, readout, row_entropy, _, *kept = output
+    ctx.mark_non_differentiable(indices, lse, readout, *kept)
+    ctx.save_for_backward(z, codebook, bias, indices, lse, readout, row_entropy, *kept)
     ctx.scale, ctx.norm_weight, ctx.temperature = scale, norm_weight, temperature
 
 
 def backward(namespace: str, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    grad_z_q, grad_codes, _, _, _, grad_row_entropy, grad_mean_prob, _, _ = grads
+    grad_z_q, grad_codes, _, _, _, grad_row_entropy, grad_mean_prob, *_ = grads
     z, codebook, bias, *saved = ctx.saved_tensors
     grad_z, grad_codebook, grad_bias = overload(namespace, BACKWARD)(
         grad_z_q.contiguous(),
@@ -163,7 +175,7 @@ register(
         name=NAME,
         arguments="(Tensor z, Tensor codebook, Tensor? bias, float scale, float norm_weight,"
         " float temperature) -> (Tensor z_q, Tensor codes, Tensor indices, Tensor lse, Tensor readout,"
-        " Tensor row_entropy, Tensor mean_prob, Tensor lse_tau, Tensor tile_bound)",
+        " Tensor row_entropy, Tensor mean_prob, Tensor lse_tau, Tensor tile_bound, Tensor candidates)",
         composite=composite,
         fake=fake,
         setup_context=setup_context,
@@ -176,7 +188,7 @@ register(
         arguments="(Tensor grad_z_q, Tensor grad_codes, Tensor grad_row_entropy,"
         " Tensor grad_mean_prob, Tensor z, Tensor codebook, Tensor? bias, float scale, float norm_weight,"
         " float temperature, Tensor indices, Tensor lse, Tensor readout, Tensor row_entropy, Tensor lse_tau,"
-        " Tensor tile_bound) -> (Tensor grad_z, Tensor grad_codebook, Tensor grad_bias)",
+        " Tensor tile_bound, Tensor candidates) -> (Tensor grad_z, Tensor grad_codebook, Tensor grad_bias)",
         composite=composite_backward,
         fake=fake_backward,
         setup_context=save_nothing,

@@ -46,17 +46,28 @@ def tile_grid(n: int, k: int, device_type: str) -> tuple[int, int]:
     """Row tiles and code blocks of ``tile_bound`` for [n, k] in the device's kernels; zeros for small k."""
     from ibq_fast import _C
 
-    rows, codes, smallest = _C.cuda_tile_shape() if device_type == "cuda" else _C.tile_shape()
+    rows, codes, smallest = _C.cuda_tile_shape() if device_type == "cuda" else _C.tile_shape()[:3]
     if k < smallest:
         return 0, 0
     return (n + rows - 1) // rows, (k + codes - 1) // codes
 
 
+def candidate_bytes(n: int, k: int) -> int:
+    """Bytes of ``candidates`` for [n, k] in the CPU kernels in use; 0 for small k."""
+    from ibq_fast import _C
+
+    rows, codes, smallest, most = _C.tile_shape()
+    if k < smallest:
+        return 0
+    tiles = ((n + rows - 1) // rows) * ((k + codes - 1) // codes)
+    return torch.sym_min(64 + 4 * rows * codes * tiles, most)
+
+
 def release_memory() -> int:
     """Free what the CPU operators keep between steps for their next large gradient; returns its bytes.
 
-    A gradient of 32 MB or more comes from a buffer that is kept when the gradient is freed (two at most), so
-    that a training step does not fault in and zero fresh pages every time. 0 without the extension.
+    A gradient of 32 MB or more comes from a buffer that is kept when the gradient is freed (three at most),
+    so that a training step does not fault in and zero fresh pages every time. 0 without the extension.
     """
     if UNAVAILABLE is not None:
         return 0

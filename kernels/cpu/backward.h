@@ -8,7 +8,8 @@
 // rounding left by two nearly equal numbers, times a whole code. It stays out of the products and is added at
 // the end.
 //
-// The entropy group needs r_i = sum_k p_ik c_k of whole rows first: one more sweep of S.
+// The entropy group needs r_i = sum_k p_ik c_k of whole rows first: from the forward's candidates, or else in
+// one more sweep of S. Tiles of S that the forward kept are not computed again.
 #pragma once
 
 // Well above 1/2, so that two codes never both win and ties do not round past it.
@@ -29,7 +30,7 @@ struct BackwardContext {
   float* cotangents = nullptr;    // packed rows of g
   const float* z_rows = nullptr;  // [words(chunk_rows)][padded]
   float* delta = nullptr;         // [chunk] g_i . o_i
-  float* row_dot = nullptr;       // [code_tasks][chunk] partial r_i
+  double* row_dot = nullptr;      // [code_tasks][chunk] partial r_i
   // c less its mean, [k]: a constant in c cancels in c_j - r_i, so it would only add its rounding
   float* centered = nullptr;
   Winner* winners = nullptr;    // [2][code_tasks][chunk]
@@ -40,6 +41,7 @@ struct BackwardContext {
   float* scratch = nullptr;     // per task
   int64_t scratch_stride = 0;
   const float* bound = nullptr;  // [2][tiles][blocks] from the forward, or null
+  KeptLogits kept = {};
   int64_t call_tiles = 0, blocks = 0;
 
   // Whether a tile may matter to the gradient.
@@ -63,30 +65,54 @@ void row_dot_task(const BackwardContext& c, int task) {
   float* packed = c.scratch + c.scratch_stride * task;
   float* bias = packed + kBlock * words<kPairs>(plan.d);
   float* logits = bias + kBlock;
-  float* dots = c.row_dot + (int64_t)range.code_task * plan.chunk;
+  double* dots = c.row_dot + (int64_t)range.code_task * plan.chunk;
   const float inverse_tau = 1.0f / c.in.temperature;
   const float gap = negligible_gap(c.problem);
-  for (int64_t r = range.row0; r < range.row1; ++r) dots[r] = 0.0f;
+  for (int64_t r = range.row0; r < range.row1; ++r) dots[r] = 0;
   for (int64_t code0 = range.code0; code0 < range.code1; code0 += kBlock) {
     if (!c.any_live<false, true>(range.row0, range.row1, code0, gap)) continue;
-    const Block block = load_block<kPairs>(c.problem, plan, code0, range.code1, packed, nullptr, bias);
+    const Block block = load_logit_block<kPairs>(c.problem, plan, c.kept, code0, range.code1, packed, bias);
     const int columns = block.panels * kNR;
     float weights[kBlock] = {};
     memcpy(weights, c.centered + code0, sizeof(float) * block.codes);
     for (int64_t r = range.row0; r < range.row1; r += kMR) {
       if (!tile_live(c.bound, c.call_tiles, c.blocks, 1, c.row + r, code0, gap)) continue;
-      logits_tile<kPairs>(c.tiles + r * words<kPairs>(plan.d), packed, words<kPairs>(plan.d), block.panels,
-                          c.problem.scale, bias, logits);
+      const float* tile_logits = logits;
+      if (c.kept.has(code0))
+        tile_logits = c.kept.at(c.row + r, code0);
+      else
+        logits_tile<kPairs>(c.tiles + r * words<kPairs>(plan.d), packed, words<kPairs>(plan.d), block.panels,
+                            c.problem.scale, bias, logits);
       for (int i = 0; i < kMR && r + i < c.chunk_rows; ++i) {
         const LogProb log_p(c.in.lse_tau[c.row + r + i], inverse_tau);
         F sum = F{};
-        const float* x = logits + i * kBlock;
+        const float* x = tile_logits + i * kBlock;
         if (negligible(lane_maxima(x, columns), log_p.high[0], gap * c.in.temperature)) continue;
         for (int j = 0; j < columns; j += kWidth) sum += exp_of(log_p.of(load(x + j))) * load(weights + j);
-        dots[r + i] += (float)horizontal_sum(sum);
+        dots[r + i] += horizontal_sum(sum);
       }
     }
   }
+}
+
+// r_i of one row from its candidates.
+inline void listed_row_dot(const BackwardContext& c, const Candidates& lists, int64_t r) {
+  const Plan& plan = c.plan;
+  const LogProb log_p(c.in.lse_tau[c.row + r], 1.0f / c.in.temperature);
+  Carried sum = {F{}, F{}};
+  for (int t = 0; t < lists.parts; ++t)
+    for (int32_t at = lists.head(t, c.row + r); at >= 0;) {
+      const CandidatePage& page = lists.page(t, at);
+      if (page.next >= 0) prefetch_entries(lists.page(t, page.next), 0);
+      for (int i = 0; i < page.fill; i += kWidth) {
+        const int live = (int)min_of(kWidth, page.fill - i);
+        const F p = exp_of(log_p.of(listed_logits(page.logits + i, live, log_p.high)));
+        sum.add(p * gather(c.centered, page.codes + i, live));
+      }
+      at = page.next;
+    }
+  c.row_dot[r] = horizontal_sum(sum.sum) + horizontal_sum(sum.lost);
+  for (int t = 1; t < plan.code_tasks; ++t) c.row_dot[(int64_t)t * plan.chunk + r] = 0;
 }
 
 // Which groups a row of a tile still matters to.
@@ -117,11 +143,11 @@ IBQ_INLINE void logit_gradient_row(const BackwardContext& c, int64_t r, int64_t 
   if (kEntropy) {
     const float a = c.in.grad_row_entropy[row], tau = c.in.temperature;
     const float inverse_n = 1.0f / (float)c.problem.n;
-    float dot = 0;
+    double dot = 0;
     for (int t = 0; t < c.plan.code_tasks; ++t) dot += c.row_dot[(int64_t)t * c.plan.chunk + r];
     slope = set1(-a / tau);
     share = set1(inverse_n / tau);
-    offset = set1((-a * c.in.row_entropy[row] - dot * inverse_n) / tau);
+    offset = set1((-a * c.in.row_entropy[row] - (float)dot * inverse_n) / tau);
   }
   F select_sum = F{}, entropy_sum = F{};
   for (int j = 0; j < columns; j += kWidth) {
@@ -230,9 +256,13 @@ void backward_task(const BackwardContext& c, int task) {
         Matters rows[kMR];
         Matters tile = {false, false};
         const bool maybe = c.live<kSelect, kEntropy>(r, code0, gap);
-        if (maybe)
+        if (maybe && c.kept.has(code0)) {
+          take_tile(c.kept.at(c.row + r, code0), columns, x);
+          if (r + kMR < range.row1) prefetch_tile(c.kept.at(c.row + r + kMR, code0));
+        } else if (maybe) {
           logits_tile<kPairs>(c.tiles + r * words<kPairs>(plan.d), packed, words<kPairs>(plan.d),
                               block.panels, c.problem.scale, bias, x);
+        }
         for (int i = 0; i < kMR && maybe; ++i) {
           rows[i] = row_matters<kSelect, kEntropy>(c, r + i, x + i * kBlock, columns, gap);
           tile.select |= rows[i].select;

@@ -24,6 +24,9 @@ struct Parallel {
 
 constexpr float kNegligibleMass = 2.3283064365386963e-10f;  // 2^-32
 
+// What a forward leaves for its backward (Forward::candidates) takes no more than this.
+constexpr int64_t kMostCandidateBytes = 256 << 20;
+
 // The operands every codebook kernel shares. z and codebook are row-major and contiguous.
 struct Problem {
   DType dtype = DType::kFloat32;
@@ -45,7 +48,7 @@ struct Problem {
 //   lse      log sum_j exp S_ij, float64 so that exp(S - lse) keeps float32 accuracy for large |S|
 //   readout  softmax(S) E, [N, D] float32
 //   lse_tau, row_entropy, mean_prob: log-sum-exp of S/tau, entropy of its softmax's rows, mean of its rows
-// Cost: one sweep of 2NKD (+2NKD with readout, +2NKD with mean_prob).
+// Cost: one sweep of 2NKD (+2NKD with readout, +2NKD with mean_prob but for candidates and kept logits).
 struct Forward {
   int64_t* indices = nullptr;
   float* max = nullptr;
@@ -62,6 +65,11 @@ struct Forward {
   // log p (second, when entropies are computed) in it. The backward uses it to skip tiles before computing
   // them.
   float* tile_bound = nullptr;
+  // 64-byte aligned, best of Kernels::candidate_bytes, or null: what of S is left for this call's mean_prob
+  // and for the backward, used when readout and mean_prob are computed: lists of the entries that count in
+  // softmax(S/tau) (candidates.h), tiles of S (kept_logits.h).
+  void* candidates = nullptr;
+  int64_t candidate_bytes = 0;  // size of that buffer
 };
 
 // Backward of either group or both at once (the sum of their gradients, one pass over S).
@@ -81,6 +89,8 @@ struct Backward {
   const float* grad_row_entropy = nullptr;  // [N]
   const float* grad_mean_prob = nullptr;    // [K]
   const float* tile_bound = nullptr;        // as the forward left it, or null
+  const void* candidates = nullptr;         // as a forward left them (with any threads), or null
+  int64_t candidate_bytes = 0;              // as that forward was told
   void* grad_z = nullptr;
   void* grad_codebook = nullptr;
   float* grad_bias = nullptr;
@@ -94,6 +104,9 @@ struct Kernels {
   // Row tiles and code blocks of tile_bound for [n, k]; both 0 where k is too small for it to pay. They are
   // ceil(n / tile_rows) and ceil(k / block_codes) from bounded_from codes on.
   void (*tile_grid)(int64_t n, int64_t k, int64_t* tiles, int64_t* blocks);
+  // Bytes worth giving to candidates: of the call's logits in whole tiles and a header, up to
+  // kMostCandidateBytes; 0 below bounded_from codes.
+  int64_t (*candidate_bytes)(int64_t n, int64_t k);
   int tile_rows, block_codes, bounded_from;
   bool (*cross_entropy_forward)(const Problem&, const CrossEntropyForward&, const Parallel&);
   bool (*cross_entropy_backward)(const Problem&, const CrossEntropyBackward&, const Parallel&);

@@ -21,7 +21,11 @@ namespace {
 #include "kernels/cpu/narrow.h"
 #include "kernels/cpu/tile.h"
 #include "kernels/cpu/plan.h"
+#include "kernels/cpu/kept_logits.h"
+#include "kernels/cpu/candidates.h"
 #include "kernels/cpu/forward.h"
+#include "kernels/cpu/forward_sweeps.h"
+#include "kernels/cpu/run_forward.h"
 #include "kernels/cpu/exact_search.h"
 #include "kernels/cpu/backward.h"
 #include "kernels/cpu/run_backward.h"
@@ -36,6 +40,7 @@ const Kernels IBQ_KERNELS = {IBQ_ISA_NAME,
                              &forward,
                              &backward,
                              &tile_grid,
+                             &candidate_bytes,
                              kMR,
                              kBlock,
                              kBoundedFrom,

@@ -13,7 +13,7 @@ namespace ibq::cpu {
 // Below this malloc keeps memory itself.
 constexpr int64_t kKeptFrom = 32 << 20;
 // Buffers that wait at most; one more pushes out the one that has waited longest.
-constexpr int kKeptBuffers = 2;
+constexpr int kKeptBuffers = 3;
 
 // `bytes` of uninitialised memory, or null. May be called by any thread, like the functions below.
 void* take_memory(int64_t bytes);

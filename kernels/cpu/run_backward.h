@@ -120,6 +120,10 @@ bool run_backward(const Problem& p, const Backward& in, const Parallel& parallel
   BackwardContext c{p, in, plan};
   tile_grid(plan.n, plan.k, &c.call_tiles, &c.blocks);
   c.bound = c.blocks > 0 && p.dropped_mass > 0 ? in.tile_bound : nullptr;
+  const Candidates lists = kEntropy && p.dropped_mass > 0
+                               ? Candidates::written(in.candidates, in.candidate_bytes, p)
+                               : Candidates();
+  c.kept = KeptLogits::written(in.candidates, in.candidate_bytes, p);
   c.scratch_stride = round_up(
       kBlock * words<kPairs>(plan.d) + kBlock + (kGroup + kMR) * kBlock + 2 * kBlock * plan.padded, 16);
   // dE goes straight into the output unless there are parts of it to add up: of the row tasks, or of several
@@ -166,7 +170,10 @@ bool run_backward(const Problem& p, const Backward& in, const Parallel& parallel
       });
     }
     c.z_rows = rows_operand<kPairs>(p.dtype, p.z, c.row, c.chunk_rows, plan.d, plan.padded, widened);
-    if (kEntropy) run_tasks(parallel, plan.tasks(), [&](int t) { row_dot_task<kPairs>(c, t); });
+    if (lists.parts)
+      for_rows(parallel, c.chunk_rows, [&](int64_t r) { listed_row_dot(c, lists, r); });
+    else if (kEntropy)
+      run_tasks(parallel, plan.tasks(), [&](int t) { row_dot_task<kPairs>(c, t); });
     run_tasks(parallel, plan.tasks(), [&](int t) { backward_task<kPairs, kSelect, kEntropy>(c, t); });
     collect_shares(c, shares);
     for_dtype(p.dtype, [&](auto t) {

@@ -56,7 +56,7 @@ def ours(backend, tau, scale=1.0, norm_weight=0.0):
 
 def formula(tau, scale=1.0, norm_weight=0.0):
     def run(z, codebook):
-        z_q, _, _, _, _, rows, mean, _, _ = reference(z, codebook, None, scale, norm_weight, tau)
+        z_q, _, _, _, _, rows, mean, *_ = reference(z, codebook, None, scale, norm_weight, tau)
         return z_q, rows.mean(), -(mean * torch.log(mean + 1e-5)).sum()
 
     return run

@@ -37,7 +37,7 @@ def arguments(op: str, x, bias: torch.Tensor | None, namespace: str) -> tuple:
         return x.grad_rows, x.grad_mean, z, codebook, bias, 0.5, 0.3, lse, row_entropy
     if op == "index_backprop_backward":
         out = library.index_backprop(z, codebook, bias, 0.5, 0.2, 0.3)
-        saved = out[2], out[3], out[4], out[5], out[7], out[8]
+        saved = *out[2:6], *out[7:]
         return x.grad_z_q, x.grad_codes, x.grad_rows, x.grad_mean, z, codebook, bias, 0.5, 0.2, 0.3, *saved
     leaves = z.requires_grad_(), codebook.requires_grad_(), bias if bias is None else bias.requires_grad_()
     numbers = {"straight_through_select": (0.5,), "softmax_statistics": (0.5, 0.3)}

@@ -379,6 +379,7 @@ def index_backprop_backward(
     row_entropy: Tensor,
     lse_tau: Tensor,
     tile_bound: Tensor,
+    candidates: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     z, codebook, grad_z_q, grad_codes = (operand(x) for x in (z, codebook, grad_z_q, grad_codes))
     if z.shape[0] == 0:

@@ -173,20 +173,20 @@ def softmax_statistics(
 
 def index_backprop(
     z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, norm_weight: float, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     z, codebook = operand(z), operand(codebook)
     bias = bias_with_norms(codebook, bias, norm_weight)
-    bounds = empty(z, 2, 0, 0)
+    kept = empty(z, 2, 0, 0), z.new_empty(0, dtype=torch.uint8)
     if z.shape[0] == 0:
         selected = straight_through_select(z, codebook, bias, scale)
-        return *selected, *softmax_statistics(z, codebook, bias, scale, temperature), bounds
+        return *selected, *softmax_statistics(z, codebook, bias, scale, temperature), *kept
     out = sweep(
         "joint", z, codebook, bias, scale, temperature=temperature, lse=True, readout=True, entropy=True
     )
     mean = mean_probability(z, codebook, bias, scale, temperature, out.rows)
     _, lse, row_entropy, lse_tau, _ = (row.clone() for row in out.rows)
     selected = (*_gathered(codebook, out.indices), lse, out.readout)
-    return *selected, row_entropy, mean, lse_tau, bounds
+    return *selected, row_entropy, mean, lse_tau, *kept
 
 
 def linear_cross_entropy(

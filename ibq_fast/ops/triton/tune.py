@@ -60,9 +60,9 @@ def calls(x: Problem) -> dict[str, Call]:
     def joint_backward(ops: Any) -> tuple[Tensor, ...]:
         if "joint" not in saved:
             saved["joint"] = ops.index_backprop(x.z, x.codebook, None, 1.0, 0.0, 0.1)
-        _, _, indices, lse, readout, row_entropy, mean_prob, lse_tau, bound = saved["joint"]
+        _, _, indices, lse, readout, row_entropy, mean_prob, lse_tau, *unused = saved["joint"]
         incoming = x.grad, x.grad, torch.ones_like(row_entropy), mean_prob
-        kept = indices, lse, readout, row_entropy, lse_tau, bound
+        kept = indices, lse, readout, row_entropy, lse_tau, *unused
         return ops.index_backprop_backward(*incoming, x.z, x.codebook, None, 1.0, 0.0, 0.1, *kept)
 
     def loss_backward(ops: Any) -> tuple[Tensor, ...]:

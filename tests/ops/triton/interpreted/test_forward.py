@@ -138,7 +138,7 @@ def test_no_rows(ops, operands) -> None:
     x = operands(0, 7, 3, bias=True)
     assert [t.shape for t in ops.codebook_search(x.z, x.codebook, x.bias, 1.0, True, False)] == [(0,)] * 3
     shapes = [tuple(t.shape) for t in ops.index_backprop(x.z, x.codebook, x.bias, 1.0, 0.1, 0.5)]
-    assert shapes == [(0, 3), (0, 3), (0,), (0,), (0, 3), (0,), (7,), (0,), (2, 0, 0)]
+    assert shapes == [(0, 3), (0, 3), (0,), (0,), (0, 3), (0,), (7,), (0,), (2, 0, 0), (0,)]
     assert ops.linear_cross_entropy(x.z, x.codebook, x.bias, torch.zeros(0).long(), -1, 0.0)[0].shape == (0,)
 
 

@@ -22,7 +22,7 @@ def test_opcheck(ops, operands) -> None:
     x = operands(5, 9, 5, bias=True)
     leaves = x.leaves()
     out = ops.index_backprop(x.z, x.codebook, x.bias, 0.5, 0.2, 0.3)
-    saved = out[2], out[3], out[4], out[5], out[7], out[8]
+    saved = *out[2:6], *out[7:]
     incoming = x.grad_z_q, x.grad_codes, x.grad_rows, x.grad_mean
     targets = torch.tensor([0, 3, -7, 8, 1])
     for op, arguments in (
