@@ -15,8 +15,9 @@ def world_size() -> int:
 
 
 @torch.compiler.disable
-def mean_over_all_rows(mean: Tensor, rows: int) -> Tensor:
-    """The mean over the rows of all processes, from each process's ``mean`` [K] over its own ``rows``.
+def mean_over_all_rows(mean: Tensor, rows: int, group: Any = None) -> Tensor:
+    """The mean over the rows of all processes (of ``group``), from each one's ``mean`` [K] over its own
+    ``rows``.
 
     p = Σ_r n_r m_r / N with N = Σ_r n_r, the same on every process; zeros when N = 0. All processes have to
     call it together. ``mean`` is float32 or wider.
@@ -31,21 +32,21 @@ def mean_over_all_rows(mean: Tensor, rows: int) -> Tensor:
     """
     if world_size() == 1:
         return mean
-    result: Tensor = _MeanOverAllRows.apply(mean, rows)
+    result: Tensor = _MeanOverAllRows.apply(mean, rows, group)
     return result
 
 
 class _MeanOverAllRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, mean: Tensor, rows: int, group: Any) -> Tensor:
         packed = torch.empty(mean.numel() + 1, dtype=mean.dtype, device=mean.device)
         torch.mul(mean, rows, out=packed[:-1])
         packed[-1] = rows
-        dist.all_reduce(packed)
+        dist.all_reduce(packed, group=group)
         total = packed[-1].clamp_min(1.0)
-        ctx.factor = dist.get_world_size() * rows / total
+        ctx.factor = dist.get_world_size(group) * rows / total
         return packed[:-1] / total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.factor, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] * ctx.factor, None, None

@@ -10,8 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibq_fast.codebook_parallel import (
+    CodebookShards,
+    parallel_decode,
+    parallel_index_backprop,
+    parallel_search,
+)
 from ibq_fast.distributed import mean_over_all_rows
-from ibq_fast.kmeans import kmeans, random_rows
+from ibq_fast.kmeans import first_random_rows, kmeans
 from ibq_fast.ops import checks, codebook_search, index_backprop, straight_through_select
 from ibq_fast.ops.entropy import entropy_of_mean
 from ibq_fast.restart import count_idle, far_rows
@@ -65,7 +71,7 @@ class QuantizerConfig:
         ("features"), or the centres of k-means over the features of the first ``init_batches`` training
         batches, fitted anew at each of them ("kmeans").
     restart_after: a code that no feature chose in this many training batches moves to a feature that is far
-        from its own code (0: codes stay where gradients take them; IBQ only).
+        from its own code (0: codes stay where gradients take them; IBQ only, whole codebooks only).
     """
 
     kind: Kind = "ibq"
@@ -125,16 +131,21 @@ def build_quantizer(config: QuantizerConfig) -> IndexBackpropQuantizer | VectorQ
 
 
 class _CodebookQuantizer(nn.Module):
-    """A codebook [K, D] with its initialisation, and the way from feature maps to rows and back."""
+    """A codebook [K, D] with its initialisation, and the way from feature maps to rows and back.
+
+    ``shards``: None, or which rows of the codebook ``codebook`` holds (:meth:`split_codebook`).
+    """
 
     config: QuantizerConfig
     codebook: nn.Parameter
     initialized: Tensor
     log_scale: nn.Parameter | None
+    shards: CodebookShards | None
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
         self.config = config
+        self.shards = None
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.dim))
         nn.init.normal_(self.codebook, std=config.dim**-0.5 if config.init == "scaled" else 1.0)
         learned = config.logit_scale_kind == "learned"
@@ -169,7 +180,10 @@ class _CodebookQuantizer(nn.Module):
             vectors, codebook, scale, norm_weight = self._operands(rows, codebook)
             vectors, bias, norm_weight = self._learned_scale(vectors, codebook, norm_weight)
             bias = _norm_bias(codebook, norm_weight) if bias is None else bias
-            indices = codebook_search(vectors, codebook, scale=scale, bias=bias, exact=True).indices
+            if self.shards is None:
+                indices = codebook_search(vectors, codebook, scale=scale, bias=bias, exact=True).indices
+            else:
+                indices = parallel_search(self.shards, vectors, codebook, scale=scale, bias=bias)
         return indices.view(shape)
 
     def decode(self, indices: Tensor, channel_last: bool = False) -> Tensor:
@@ -183,6 +197,40 @@ class _CodebookQuantizer(nn.Module):
         codes = self._codes(self.codebook, indices.reshape(-1).to(torch.int64))
         codes = codes.view(*indices.shape, self.dim)
         return codes if channel_last else codes.movedim(-1, 1).contiguous()
+
+    @torch.no_grad()
+    def split_codebook(self, shards: CodebookShards) -> None:
+        """Keep this process's rows of the codebook only, the first process's values of them.
+
+        All processes call it together, before an optimizer is built; from then on they call ``forward``,
+        ``backward``, ``encode``, ``decode``, ``logits`` and ``init_from_features`` together, each with
+        features of its own. ``codebook`` becomes a new parameter [K_r, D], whose gradient is that of the
+        *sum* of the processes' losses (see :func:`~ibq_fast.codebook_parallel.parallel_index_backprop`).
+        Raises ValueError for plain vector quantization, restarts of idle codes, another codebook size and a
+        second call.
+        """
+        if self.config.kind != "ibq":
+            raise ValueError(f"codebook_parallel: expected a quantizer of kind ibq, got {self.config.kind!r}")
+        if self.config.restart_after > 0:
+            raise ValueError(
+                f"restart_after: expected 0 with a split codebook, got {self.config.restart_after}"
+            )
+        if self.shards is not None:
+            raise ValueError("codebook_parallel: expected a whole codebook, got one that is split already")
+        if shards.codebook_size != self.codebook_size:
+            raise ValueError(
+                f"shards: expected a split of {self.codebook_size} codes, got {shards.codebook_size}"
+            )
+        own = shards.part(self.codebook.detach()).clone()
+        first = torch.distributed.get_rank() == 0
+        shards.hand_out(iter([self.codebook.detach()]) if first else None, own)
+        self.shards = shards
+        self.codebook = nn.Parameter(own, requires_grad=self.codebook.requires_grad)
+
+    def join_codebook(self, whole: Tensor) -> None:
+        """Take the ``whole`` codebook [K, D] instead of a shard; needs nothing of the other processes."""
+        self.shards = None
+        self.codebook = nn.Parameter(whole, requires_grad=self.codebook.requires_grad)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -200,11 +248,9 @@ class _CodebookQuantizer(nn.Module):
         checks.finite("z", rows)
         if self.config.init == "kmeans":
             self._gathered.append(rows.clone())
-            self.codebook.copy_(kmeans(torch.cat(self._gathered), self.codebook_size))
+            self.codebook.copy_(kmeans(torch.cat(self._gathered), self.codebook_size, shards=self.shards))
         else:
-            self.codebook.copy_(random_rows(rows, self.codebook_size))
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.broadcast(self.codebook.data, 0)
+            self.codebook.copy_(first_random_rows(rows, self.codebook_size, self.shards))
         if self.config.init == "features" or len(self._gathered) == self.config.init_batches:
             self._gathered.clear()
             if self._awaits_features:
@@ -256,6 +302,8 @@ class _CodebookQuantizer(nn.Module):
 
     def _codes(self, codebook: Tensor, indices: Tensor) -> Tensor:
         """The rows of the codebook as the quantizer gives them out."""
+        if self.shards is not None:
+            return parallel_decode(self.shards, codebook, indices)
         return codebook.index_select(0, indices)
 
 
@@ -337,23 +385,9 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
         with _full_precision(z):
             features, codebook, scale, norm_weight = self._operands(rows, codebook)
             vectors, bias, norm_weight = self._learned_scale(features, codebook, norm_weight)
+            z_q, codes, indices, sample, usage = self._step(vectors, codebook, scale, bias, norm_weight)
             c = self.config
-            if c.sample_entropy_weight == 0 and c.codebook_entropy_weight == 0:
-                bias = _norm_bias(codebook, norm_weight) if bias is None else bias
-                z_q, codes, indices = straight_through_select(vectors, codebook, scale=scale, bias=bias)
-                sample, usage, entropy = _zeros(rows)
-            else:
-                z_q, codes, indices, sample, usage, mean_prob = index_backprop(
-                    vectors,
-                    codebook,
-                    temperature=c.entropy_temperature,
-                    scale=scale,
-                    bias=bias,
-                    norm_weight=norm_weight,
-                )
-                if c.entropy_reduce == "all" and self.training:
-                    usage = entropy_of_mean(mean_over_all_rows(mean_prob, rows.shape[0]))
-                entropy = c.sample_entropy_weight * sample - c.codebook_entropy_weight * usage
+            entropy = c.sample_entropy_weight * sample - c.codebook_entropy_weight * usage
             quantization = self._quantization_loss(features, z_q, codes)
         if self.config.restart_after > 0 and self.training:
             count_idle(self.idle, indices)
@@ -378,6 +412,40 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
         self.codebook.index_copy_(0, dead, far_rows(rows, distances, dead.numel()))
         self.idle[dead] = 0
 
+    def _step(
+        self, vectors: Tensor, codebook: Tensor, scale: float, bias: Tensor | None, norm_weight: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """z_q, codes, indices, sample entropy, codebook entropy of the operands' logits."""
+        c = self.config
+        entropies = c.sample_entropy_weight != 0 or c.codebook_entropy_weight != 0
+        over_all_rows = c.entropy_reduce == "all" and self.training
+        if self.shards is not None:
+            return parallel_index_backprop(
+                self.shards,
+                vectors,
+                codebook,
+                temperature=c.entropy_temperature if entropies else None,
+                scale=scale,
+                bias=bias,
+                norm_weight=norm_weight,
+                over_all_rows=over_all_rows,
+            )
+        if not entropies:
+            bias = _norm_bias(codebook, norm_weight) if bias is None else bias
+            z_q, codes, indices = straight_through_select(vectors, codebook, scale=scale, bias=bias)
+            return z_q, codes, indices, *_zeros(vectors)[:2]
+        z_q, codes, indices, sample, usage, mean_prob = index_backprop(
+            vectors,
+            codebook,
+            temperature=c.entropy_temperature,
+            scale=scale,
+            bias=bias,
+            norm_weight=norm_weight,
+        )
+        if over_all_rows:
+            usage = entropy_of_mean(mean_over_all_rows(mean_prob, vectors.shape[0]))
+        return z_q, codes, indices, sample, usage
+
     @property
     def logit_scale(self) -> float:
         """s as it stands now (a learned one waits for its device)."""
@@ -395,8 +463,14 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
             vectors, codebook, scale, norm_weight = self._operands(rows.to(wide), self.codebook.to(wide))
             vectors, bias, norm_weight = self._learned_scale(vectors, codebook, norm_weight)
             bias = _norm_bias(codebook, norm_weight) if bias is None else bias
+            if self.shards is not None:
+                counts = self.shards.counts(len(vectors))
+                vectors = self.shards.gather(vectors, counts)
             scores = scale * (vectors @ codebook.T)
-            return scores if bias is None else scores + bias
+            scores = scores if bias is None else scores + bias
+            if self.shards is None:
+                return scores
+            return self.shards.columns(scores, counts)
 
     def _operands(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, float, float]:
         scale = 1.0 if self.log_scale is not None else self.logit_scale

@@ -11,11 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import safe_open
+
+RowsOf = Callable[[str, Sequence[int]], slice | None]
 
 # The names the safetensors format gives to dtypes.
 _DTYPES = {
@@ -32,12 +35,34 @@ _DTYPES = {
 }
 
 
-def flatten(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Split ``state`` into a JSON-ready tree and the tensors it held, by path.
+class PiecewiseTensor(Protocol):
+    """A tensor that is written piece by piece, and is nowhere whole."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Consecutive rows, once."""
+
+    def finish(self) -> None:
+        """Let go of the pieces that nobody has taken."""
+
+
+def piecewise(state: Any) -> list[PiecewiseTensor]:
+    """The piecewise tensors of ``state``, in the order in which :func:`write_tree` takes their pieces."""
+    _, tensors = flatten(state)
+    return [tensors[key] for key in _order(tensors) if not isinstance(tensors[key], torch.Tensor)]
+
+
+def flatten(state: Any) -> tuple[Any, dict[str, Any]]:
+    """Split ``state`` into a JSON-ready tree and the tensors it held (piecewise ones too), by path.
 
     Raises TypeError, naming the path, for a value that neither JSON nor safetensors can hold.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Any] = {}
     return _flatten(state, "", tensors), tensors
 
 
@@ -84,12 +109,19 @@ def write_tree(folder: Path, name: str, state: Any) -> dict[str, dict[str, Any]]
     return written
 
 
-def read_tree(folder: Path, name: str) -> Any:
-    """Read what :func:`write_tree` wrote; tensors come back on the CPU."""
+def read_tree(folder: Path, name: str, rows: RowsOf = lambda key, shape: None) -> Any:
+    """Read what :func:`write_tree` wrote; tensors come back on the CPU.
+
+    ``rows(key, shape)`` says which rows of a tensor to read (None: all).
+    """
     tree = json.loads((folder / f"{name}.json").read_text())
     with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
         # Cloned: the library maps the file, and a mapped tensor dies with its file (a bus error).
-        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        tensors = {}
+        for key in file.keys():  # noqa: SIM118
+            stored = file.get_slice(key)
+            part = rows(key, stored.get_shape())
+            tensors[key] = (file.get_tensor(key) if part is None else stored[part.start : part.stop]).clone()
     return unflatten(tree, tensors)
 
 
@@ -98,8 +130,8 @@ def open_for_writing(path: Path) -> BinaryIO:
     return open(path, "wb")
 
 
-def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
+def _flatten(value: Any, path: str, tensors: dict[str, Any]) -> Any:
+    if isinstance(value, torch.Tensor) or hasattr(value, "pieces"):
         key = path if path not in tensors else f"{path}#{len(tensors)}"  # {"a/b": …} beside {"a": {"b": …}}
         tensors[key] = value
         return {"$tensor": key}
@@ -119,21 +151,25 @@ def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     )
 
 
-def _safetensors_chunks(tensors: dict[str, torch.Tensor]) -> Any:
+def _order(tensors: dict[str, Any]) -> list[str]:
+    """The format wants the tensors of one file aligned: widest items first keeps every one of them so."""
+    return sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
+
+
+def _safetensors_chunks(tensors: dict[str, Any]) -> Any:
     """The bytes of a safetensors file: header length, JSON header padded to 8, then each tensor's data.
 
     Written here rather than by the library so that the file is hashed on its way out, one tensor at a time
     leaves the device, and a full disk shows as the operating system's own OSError.
     """
     header: dict[str, Any] = {}
-    # The format wants the tensors of one file aligned: widest items first keeps every one of them so.
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    order = _order(tensors)
     offset = 0
     for key in order:
         tensor = tensors[key]
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"state{key}: expected one of {sorted(map(str, _DTYPES))}, got {tensor.dtype}")
-        end = offset + tensor.numel() * tensor.element_size()
+        end = offset + tensor.shape.numel() * tensor.dtype.itemsize
         header[key] = {
             "dtype": _DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -144,5 +180,7 @@ def _safetensors_chunks(tensors: dict[str, torch.Tensor]) -> Any:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for key in order:
-        flat = tensors[key].detach().to("cpu").contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data
+        tensor = tensors[key]
+        for piece in [tensor] if isinstance(tensor, torch.Tensor) else tensor.pieces():
+            flat = piece.detach().to("cpu").contiguous().reshape(-1)
+            yield flat.view(torch.uint8).numpy().data

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ibq_fast.checkpoint.tensor_tree import open_for_writing, read_tree, write_tree
+from ibq_fast.checkpoint.tensor_tree import RowsOf, open_for_writing, read_tree, write_tree
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +87,12 @@ def save_checkpoint(root: Path, step: int, parts: Mapping[str, Any], *, keep_las
     return final
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """Check ``folder`` against its manifest and read its parts. Raises DamagedCheckpointError."""
+def load_checkpoint(folder: Path, rows: RowsOf = lambda key, shape: None) -> dict[str, Any]:
+    """Check ``folder`` against its manifest and read its parts, of each tensor the ``rows`` asked for (see
+    :func:`read_tree`). Raises DamagedCheckpointError.
+    """
     manifest = check_checkpoint(folder)
-    return {"step": manifest["step"], **{name: read_tree(folder, name) for name in manifest["parts"]}}
+    return {"step": manifest["step"], **{name: read_tree(folder, name, rows) for name in manifest["parts"]}}
 
 
 def latest_checkpoint(

@@ -106,33 +106,45 @@ class RunningMaximum:
         return self.index.masked_fill(self.value.isnan(), 0)
 
 
-class LogitGradient:
-    """Accumulates the gradients of z, codebook and bias from blocks of dS.
+class Winners:
+    """Codes that have a row nearly whole, left out of its dS, and the sum of the row's other entries.
 
     Rows of dS sum to zero. Where one probability is close to 1 its entry of dS is a difference of nearly
-    equal numbers, lost to rounding; it is replaced by minus the sum of the others.
+    equal numbers, lost to rounding; it is minus the sum of the others.
     """
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.rest = blocks.new_rows()
+        self.code = torch.full((blocks.n,), -1, dtype=torch.int64, device=blocks.z.device)
+
+    def leave_out(self, rows: slice, codes: slice, p: Tensor, grad: Tensor) -> None:
+        """Zero the winners' entries of a block of dS. p: its probabilities; grad: its dS."""
+        value, position = p.max(dim=1)
+        known = self.code[rows]
+        found = (value > PEAK) & (known < 0)
+        self.code[rows] = torch.where(found, position + codes.start, known)
+        column = position.unsqueeze(1)
+        grad.scatter_(1, column, grad.gather(1, column).masked_fill_(found.unsqueeze(1), 0.0))
+        self.rest[rows] += grad.sum(dim=1)
+
+
+class LogitGradient:
+    """Accumulates the gradients of z, codebook and bias from blocks of dS."""
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
         self.grad_z = torch.zeros_like(blocks.z, memory_format=torch.contiguous_format)
         self.grad_codebook = blocks.z.new_zeros(blocks.codebook.shape)
         self.grad_bias = blocks.z.new_zeros(0 if blocks.bias is None else blocks.k)
-        self.rest = blocks.new_rows()
-        self.peak = torch.full((blocks.n,), -1, dtype=torch.int64, device=blocks.z.device)
+        self.winners = Winners(blocks)
 
     def add(self, rows: slice, codes: slice, p: Tensor, grad: Tensor, block: Tensor) -> None:
         """p: the block's probabilities; grad: its dS (overwritten); block: its widened codes."""
-        value, position = p.max(dim=1)
-        known = self.peak[rows]
-        found = (value > PEAK) & (known < 0)
-        self.peak[rows] = torch.where(found, position + codes.start, known)
-        column = position.unsqueeze(1)
-        grad.scatter_(1, column, grad.gather(1, column).masked_fill_(found.unsqueeze(1), 0.0))
-        self.rest[rows] += grad.sum(dim=1)
-        self._accumulate(rows, codes, grad, block)
+        self.winners.leave_out(rows, codes, p, grad)
+        self.accumulate(rows, codes, grad, block)
 
-    def _accumulate(self, rows: slice, codes: slice, grad: Tensor, block: Tensor) -> None:
+    def accumulate(self, rows: slice, codes: slice, grad: Tensor, block: Tensor) -> None:
+        """Take in a block of dS as it stands."""
         scale = self.blocks.scale
         self.grad_z[rows].addmm_(grad, block, alpha=scale)
         self.grad_codebook[codes].addmm_(grad.T, self.blocks.z[rows], alpha=scale)
@@ -141,8 +153,12 @@ class LogitGradient:
 
     def finish(self) -> None:
         """Add the entries that :meth:`add` left out."""
-        amount = torch.where(self.peak < 0, torch.zeros_like(self.rest), -self.rest)
-        index = self.peak.clamp_min(0)
+        self.settle(self.winners, self.winners.rest)
+
+    def settle(self, winners: Winners, rest: Tensor) -> None:
+        """Add the entries that ``winners`` left out; ``rest`` [N]: the sums of all other entries."""
+        amount = torch.where(winners.code < 0, torch.zeros_like(rest), -rest)
+        index = winners.code.clamp_min(0)
         step = (self.blocks.scale * amount).unsqueeze(1)
         self.grad_z.addcmul_(step, self.blocks.codebook.index_select(0, index).to(self.blocks.dtype))
         self.grad_codebook.index_add_(0, index, step * self.blocks.z)

@@ -35,12 +35,14 @@ class CollapseMonitor:
     def logit_figures(self, features: Tensor) -> dict[str, float]:
         """Of some of ``features`` [B, D, h, w], for IBQ: ``logit_scale``; ``logit_spread``, the standard
         deviation of a row of logits over the codes, its mean over rows; ``saturated``, the share of rows
-        whose softmax gives one code more than 0.99.
+        whose softmax gives one code more than 0.99. Holders of one codebook call it together.
         """
         if not isinstance(self._quantizer, IndexBackpropQuantizer):
             return {}
         rows = features.movedim(1, -1).flatten(0, -2)
-        limit = max(1, min(_MAX_ROWS, _MAX_LOGITS // self._quantizer.codebook_size))
+        shards = self._quantizer.shards
+        processes = 1 if shards is None else shards.size  # all their rows are compared with all codes at once
+        limit = max(1, min(_MAX_ROWS, _MAX_LOGITS // (self._quantizer.codebook_size * processes)))
         rows = rows[:: max(1, math.ceil(len(rows) / limit))]
         logits = self._quantizer.logits(rows, channel_last=True)
         greatest = (logits.amax(1) - logits.logsumexp(1)).exp()

@@ -48,6 +48,9 @@ class RunConfig:
         channels_last: images and convolutions in channels-last memory format (tokenizer).
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more
             time.
+        codebook_parallel: split a tokenizer's codebook, with its optimizer state and averages, over the
+            processes: true over all of them, a number over so many each; false keeps it whole on each. For
+            codebooks larger than a device.
         fsdp: spread weights, averages and optimizer state over the processes (generator), for models that do
             not fit one device.
         log_every: steps between lines of metrics.
@@ -75,6 +78,7 @@ class RunConfig:
     compile_backend: str = "inductor"
     channels_last: bool = False
     activation_checkpointing: bool = False
+    codebook_parallel: bool | int = False
     fsdp: bool = False
     log_every: int = 50
     eval_every: int = 1000
@@ -105,6 +109,11 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"run.{name}: expected at least {least}, got {value}")
+        if self.codebook_parallel < 0:
+            raise ValueError(
+                f"run.codebook_parallel: expected true, false or a number of processes, "
+                f"got {self.codebook_parallel}"
+            )
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ def build_accelerator(run: RunConfig) -> Accelerator:
         raise ValueError("run.fsdp: expected several processes (torchrun), got one")
     if run.fsdp and accelerator.mixed_precision == "fp16":
         raise ValueError("run.mixed_precision: expected no or bf16 with run.fsdp, got fp16")
+    if run.codebook_parallel and accelerator.mixed_precision == "fp16":
+        raise ValueError("run.mixed_precision: expected no or bf16 with run.codebook_parallel, got fp16")
     set_seed(run.seed, device_specific=accelerator.num_processes > 1)
     return accelerator
 

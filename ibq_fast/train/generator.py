@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ibq_fast.tokenizer import Tokenizer
 from ibq_fast.train.config import GeneratorRun, dump_config
 from ibq_fast.train.device import build_accelerator
 from ibq_fast.train.loop import run_task, will_resume
+from ibq_fast.train.optimizer import by_steps
 from ibq_fast.train.peers import PeerWatch
 from ibq_fast.train.progress import Reporter
 from ibq_fast.train.speed import prepare
@@ -33,6 +34,10 @@ def train_generator(config: GeneratorRun) -> Path:
     Raises ValueError for settings that do not fit the tokenizer or the data, and what :func:`run_task`
     and :class:`PeerWatch` raise.
     """
+    if config.run.codebook_parallel:
+        raise ValueError(
+            f"run.codebook_parallel: expected false for a generator, got {config.run.codebook_parallel}"
+        )
     accelerator = build_accelerator(config.run)
     with PeerWatch(config.run):
         tokenizer = Tokenizer.from_pretrained(config.tokenizer, device=accelerator.device)
@@ -72,7 +77,13 @@ class GeneratorTask:
         generator.recompute = config.run.activation_checkpointing
         prepare(generator, generator.layers(), replace(config.run, channels_last=False))
         parts = list[nn.Module](generator.blocks) if config.run.fsdp else None
-        self.generator = Trained(_Loss(generator), config.optim, accelerator, averaged=True, sharded=parts)
+        self.generator = Trained(
+            _Loss(generator),
+            by_steps(config.optim, len(self.sampler)),
+            accelerator,
+            averaged=True,
+            sharded=parts,
+        )
 
     def record(self, run_dir: Path) -> None:
         dump_config(self.config, run_dir / "config.yaml")
@@ -130,6 +141,9 @@ class GeneratorTask:
     def state(self) -> dict[str, Any]:
         data = self.sampler.position_state(*self._position)
         return {"generator": self.generator.state(), "progress": {"data": data}}
+
+    def rows_to_read(self, name: str, shape: Sequence[int]) -> slice | None:
+        return None
 
     def load_state(self, parts: Mapping[str, Any]) -> None:
         self.generator.load_state(parts["generator"])

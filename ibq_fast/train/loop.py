@@ -8,7 +8,7 @@ unbroken one would have drawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from ibq_fast.checkpoint.tensor_tree import piecewise
 from ibq_fast.checkpoint.training import (
     CheckpointWriteError,
     latest_checkpoint,
@@ -62,6 +63,9 @@ class Task(Protocol):
 
     def load_state(self, parts: Mapping[str, Any]) -> None:
         """Inverse of ``state``."""
+
+    def rows_to_read(self, name: str, shape: Sequence[int]) -> slice | None:
+        """The rows that this process needs of a saved tensor (``state``'s path to it); None: all of them."""
 
     def export(self, run_dir: Path) -> Path:
         """Write the trained model in the pretrained format; returns its directory."""
@@ -208,12 +212,16 @@ class _Loop:
         states = gather_object([rng_state(self.accelerator.device)])
         parts = self.task.state()
         outcome: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            parts["loop"] = {"seconds": self.clock.seconds, "rng": states}
-            try:
+        try:
+            if self.accelerator.is_main_process:
+                parts["loop"] = {"seconds": self.clock.seconds, "rng": states}
                 outcome[0] = save_checkpoint(self.root, self.step, parts, keep_last=self.config.keep_last)
-            except CheckpointWriteError as error:
-                outcome[1] = error
+        except CheckpointWriteError as error:
+            outcome[1] = error
+        finally:  # what the main process takes from the others while it writes, all of it even if it failed
+            for part in parts.values():
+                for collected in piecewise(part):
+                    collected.finish()
         folder, failure = self._from_main(outcome)
         if failure is None:
             self.saved = folder
@@ -238,7 +246,7 @@ class _Loop:
             if self.config.resume:
                 self.reporter.say(f"no checkpoint to resume in {self.root}, starting at step 0")
             return
-        parts = load_checkpoint(folder)
+        parts = load_checkpoint(folder, self.task.rows_to_read)
         self.task.load_state(parts)
         self.step, self.saved = parts["step"], folder
         self.clock = Stopwatch(parts["loop"]["seconds"])

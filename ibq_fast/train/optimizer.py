@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -53,6 +53,15 @@ class OptimConfig:
             raise ValueError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay}")
         if self.kind == "adam" and (self.weight_decay or self.weight_decay_end):
             raise ValueError(f"weight_decay: expected 0 with kind adam (use adamw), got {self.weight_decay}")
+
+
+def by_steps(config: OptimConfig, batches: int | None) -> OptimConfig:
+    """``config`` with its schedule in updates; ``batches``: of a process in an epoch (None: not known).
+
+    Raises ValueError for drops by epoch where that is not known.
+    """
+    steps = None if batches is None else batches / config.accumulate
+    return replace(config, schedule=config.schedule.in_steps(steps))
 
 
 def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

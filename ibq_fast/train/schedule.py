@@ -5,7 +5,7 @@ drift.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -15,12 +15,13 @@ class ScheduleConfig:
 
     Args:
         kind: after the warm-up, constant; cosine or linear down to final_ratio; or drops, which
-            multiplies by drop_ratio at each of drop_steps.
+            multiplies by drop_ratio at each of drop_steps or drop_epochs.
         warmup_steps: steps of a linear rise to the whole rate.
         warmup_start: share of the rate at which that rise begins.
         plateau: share of what follows the warm-up that is still spent at the full rate (linear only).
         final_ratio: share of the rate at the end (cosine and linear).
         drop_steps: steps at which the rate drops.
+        drop_epochs: the same in epochs of the run's data, its processes and batches (not of tar shards).
         drop_ratio: what it is multiplied by at each drop.
     """
 
@@ -30,6 +31,7 @@ class ScheduleConfig:
     plateau: float = 0.0
     final_ratio: float = 0.0
     drop_steps: tuple[int, ...] = ()
+    drop_epochs: tuple[float, ...] = ()
     drop_ratio: float = 0.1
 
     def __post_init__(self) -> None:
@@ -39,6 +41,24 @@ class ScheduleConfig:
             raise ValueError(f"plateau: expected a share in [0, 1), got {self.plateau}")
         if not 0 <= self.final_ratio <= 1:
             raise ValueError(f"final_ratio: expected a ratio in [0, 1], got {self.final_ratio}")
+        if (self.drop_steps or self.drop_epochs) and self.kind != "drops":
+            raise ValueError(f"kind: expected drops with drop_steps or drop_epochs, got {self.kind}")
+        if self.drop_steps and self.drop_epochs:
+            raise ValueError("drop_epochs: expected drop_steps or drop_epochs, got both")
+
+    def in_steps(self, steps_per_epoch: float | None) -> ScheduleConfig:
+        """The schedule with ``drop_epochs`` as steps: of the first update at or after the epoch's end.
+
+        None: data without epochs of a known length; raises ValueError if there are ``drop_epochs``.
+        """
+        if not self.drop_epochs:
+            return self
+        if steps_per_epoch is None:
+            raise ValueError(
+                "optim.schedule.drop_epochs: expected data of a known size (or drop_steps), got tar shards"
+            )
+        drops = tuple(math.ceil(epoch * steps_per_epoch) for epoch in self.drop_epochs)
+        return replace(self, drop_steps=drops, drop_epochs=())
 
 
 def learning_rate_factor(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ibq_fast.data import build_loader, to_float, to_uint8
+from ibq_fast.codebook_parallel import CodebookShards
+from ibq_fast.data import ShardLoader, build_loader, to_float, to_uint8
 from ibq_fast.evaluate.images import psnr, reconstruction_grid
 from ibq_fast.evaluate.usage import CodebookUsage, usage_figures
 from ibq_fast.tokenizer import LossConfig, PatchDiscriminator, Tokenizer, TokenizerLoss
@@ -21,9 +24,11 @@ from ibq_fast.train.collapse import CollapseMonitor
 from ibq_fast.train.config import TokenizerRun, dump_config
 from ibq_fast.train.device import build_accelerator
 from ibq_fast.train.loop import run_task, will_resume
+from ibq_fast.train.optimizer import by_steps
 from ibq_fast.train.peers import PeerWatch
 from ibq_fast.train.perceptual import build_perceptual
 from ibq_fast.train.speed import prepare
+from ibq_fast.train.split import SplitCodebook
 from ibq_fast.train.usage import UsageWindow
 from ibq_fast.train.weights import Trained
 
@@ -48,7 +53,9 @@ def train_tokenizer(config: TokenizerRun, *, perceptual: Perceptual | None = Non
             f"got {config.model.image_channels}"
         )
     if config.run.fsdp:
-        raise ValueError("run.fsdp: expected false for a tokenizer, whose quantizer needs its whole codebook")
+        raise ValueError(
+            "run.fsdp: expected false for a tokenizer (run.codebook_parallel splits its codebook)"
+        )
     accelerator = build_accelerator(config.run)
     with PeerWatch(config.run):
         task = TokenizerTask(config, accelerator, perceptual)
@@ -78,15 +85,19 @@ class TokenizerTask:
         self.data = build_loader(config.data, "train", seed=config.run.seed, **ranks)
         self.held_out = build_loader(config.data, "val", seed=config.run.seed, **ranks)
         self.images_per_step = config.data.batch_size * config.optim.accumulate * accelerator.num_processes
+        batches = None if isinstance(self.data, ShardLoader) else len(self.data)
+        optim = by_steps(config.optim, batches)
         tokenizer = Tokenizer(config.model)
         tokenizer.checkpoint_activations(config.run.activation_checkpointing)
         prepare(tokenizer, (tokenizer.encoder, tokenizer.decoder), config.run)
-        self.tokenizer = Trained(tokenizer, config.optim, accelerator, averaged=True)
+        self.shards = _shards(config, accelerator)
+        self.split = None if self.shards is None else SplitCodebook(tokenizer, self.shards)
+        self.tokenizer = Trained(tokenizer, optim, accelerator, averaged=True, split=self.split)
         self.critic: Trained | None = None
         if has_discriminator(config.loss):
             critic = build_discriminator(config, accelerator)
             prepare(critic, (critic,), config.run)
-            self.critic = Trained(critic, config.optim, accelerator, averaged=False)
+            self.critic = Trained(critic, optim, accelerator, averaged=False)
         losses = config.loss if self.critic else replace(config.loss, adversarial="none")
         self.loss = TokenizerLoss(losses, perceptual or build_perceptual(config.perceptual, device)).to(
             device
@@ -163,13 +174,15 @@ class TokenizerTask:
         return {"psnr": total / seen, "l1": distance / seen, **usage_figures(counts)}
 
     def picture(self) -> tuple[str, Tensor] | None:
-        if not self.accelerator.is_main_process:  # the others may have no held-out images at all
-            return None
+        if not self.accelerator.is_main_process and self.shards is None:
+            return None  # the others may have no held-out images at all
         originals, copies = [], []
         needed = math.ceil(self.config.run.pictures / self.config.data.batch_size)
         for images, reconstruction, _ in self._reconstructed(needed):
             originals.append(images.cpu())
             copies.append(to_uint8(reconstruction).cpu())
+        if not self.accelerator.is_main_process:
+            return None
         wanted = slice(0, self.config.run.pictures)
         return "reconstructions", reconstruction_grid(torch.cat(originals)[wanted], torch.cat(copies)[wanted])
 
@@ -192,6 +205,9 @@ class TokenizerTask:
                 "loss": {"buffers": dict(self.loss.named_buffers(recurse=False))},
             },
         }
+
+    def rows_to_read(self, name: str, shape: Sequence[int]) -> slice | None:
+        return None if self.split is None else self.split.rows_to_read(name, shape)
 
     def load_state(self, parts: Mapping[str, Any]) -> None:
         self.tokenizer.load_state(parts["tokenizer"])
@@ -259,10 +275,24 @@ class TokenizerTask:
     def _reconstructed(self, batches: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Held-out images uint8, reconstructions and indices, with the weights that would be exported."""
         with self.tokenizer.evaluating() as model, torch.no_grad():
-            for _, batch in zip(range(batches), self.held_out, strict=False):
+            for batch in self._in_step(itertools.islice(self.held_out, batches)):
+                if batch is None:  # others have images left, and need this one's codes
+                    quantizer: Any = model.quantizer
+                    quantizer(
+                        torch.zeros(0, quantizer.dim, device=self.accelerator.device), channel_last=True
+                    )
+                    continue
                 images = batch.images.to(self.accelerator.device)
                 out = model(images)
                 yield images, out.reconstruction, out.quantizer.indices
+
+    def _in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """``batches``; with a split codebook as many on each process, None where one has no more."""
+        if self.shards is None:
+            yield from batches
+            return
+        while self.shards.any((batch := next(batches, None)) is not None):
+            yield batch
 
 
 class _Terms:
@@ -296,6 +326,22 @@ def build_discriminator(config: TokenizerRun, accelerator: Accelerator) -> nn.Mo
         )
     synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(critic)
     return synchronised
+
+
+def _shards(config: TokenizerRun, accelerator: Accelerator) -> CodebookShards | None:
+    """How ``run.codebook_parallel`` splits the codebook; None where each process has it whole."""
+    wanted = config.run.codebook_parallel
+    if config.model.quantizer.kind != "ibq" and wanted:
+        raise ValueError(
+            f"run.codebook_parallel: expected model.quantizer.kind ibq, got {config.model.quantizer.kind}"
+        )
+    size = accelerator.num_processes if isinstance(wanted, bool) and wanted else int(wanted)
+    if size < 2:
+        return None
+    timeout = timedelta(minutes=config.run.collective_minutes)
+    return CodebookShards(
+        config.model.quantizer.codebook_size, size, device=accelerator.device, timeout=timeout
+    )
 
 
 def has_discriminator(config: LossConfig) -> bool:

@@ -23,6 +23,7 @@ from ibq_fast.train.optimizer import (
     set_rates,
 )
 from ibq_fast.train.sharding import shard, sharded_like, whole
+from ibq_fast.train.split import SplitCodebook
 
 
 class Trained:
@@ -33,6 +34,8 @@ class Trained:
     ``sharded``: the parts of ``module`` that are gathered one at a time; the weights are then spread over the
     processes (see :mod:`ibq_fast.train.sharding`), and gradients are synchronised in every micro-batch. None:
     each process has them all.
+
+    ``split``: what it takes to train a tokenizer whose codebook is spread, and nothing else of it.
     """
 
     def __init__(
@@ -43,10 +46,12 @@ class Trained:
         *,
         averaged: bool,
         sharded: list[nn.Module] | None = None,
+        split: SplitCodebook | None = None,
     ) -> None:
         self._accelerator = accelerator
         self._config = config
         self._sharded = sharded is not None
+        self._split = split
         if self._sharded and config.ema_on_cpu:
             raise ValueError(
                 "optim.ema_on_cpu: expected false with run.fsdp, which spreads the averages anyway"
@@ -89,7 +94,11 @@ class Trained:
     def apply(self) -> torch.Tensor | None:
         """Clip, update, clear gradients, average. Returns the gradient's norm when it is clipped."""
         norm = None
-        if self._config.clip_norm > 0:
+        if self._split is not None:
+            self._split.average_gradient()
+            if self._config.clip_norm > 0:
+                norm = self._split.clip_grad_norm(self.bare, self._config.clip_norm)
+        elif self._config.clip_norm > 0:
             norm = self._accelerator.clip_grad_norm_(self.module.parameters(), self._config.clip_norm)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._optimizer.step()
@@ -124,7 +133,10 @@ class Trained:
                 if main:
                     model.load_state_dict(weights)
                     model.to(self._accelerator.device)
-            yield model if main else None
+            if self._split is not None:
+                yield self._split.joined(model)
+            else:
+                yield model if main else None
 
     def state(self) -> dict[str, Any]:
         """Whole tensors, complete on the main process; all processes call it together."""
@@ -135,6 +147,8 @@ class Trained:
             "ema": None if self.average is None else self.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
+        if self._split is not None:
+            return self._split.whole(state)
         return whole(state, self._accelerator.is_main_process) if self._sharded else state
 
     def start_from(self, state: Mapping[str, Any], source: str, may_lack: Collection[str] = ()) -> None:
@@ -145,7 +159,7 @@ class Trained:
         """
         own = self.bare.state_dict()
         model = {**{name: own[name] for name in may_lack}, **state["model"]}
-        check_weights(own, model, Path(source))
+        check_weights(own if self._split is None else self._split.outline(own), model, Path(source))
         ema = state["ema"]
         if ema is not None and ema["average"]:
             ema = {**ema, "average": {**{name: own[name] for name in may_lack}, **ema["average"]}}
@@ -158,6 +172,8 @@ class Trained:
         """
         if self._sharded:
             state = self._divided(state)
+        if self._split is not None:
+            state = self._split.divided(state)
         try:
             self.bare.load_state_dict(state["model"])
         except RuntimeError as error:

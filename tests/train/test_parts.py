@@ -32,7 +32,7 @@ from ibq_fast.train import (
 )
 from ibq_fast.train.ema import WeightAverage
 from ibq_fast.train.metrics import MetricsLog
-from ibq_fast.train.optimizer import build_optimizer, set_rates
+from ibq_fast.train.optimizer import build_optimizer, by_steps, set_rates
 from ibq_fast.train.perceptual import build_perceptual
 from ibq_fast.train.progress import Reporter
 from ibq_fast.train.rng import rng_state, set_rng_state, untouched_rng
@@ -61,6 +61,22 @@ CPU = torch.device("cpu")
 def test_learning_rate(schedule: ScheduleConfig, expected: dict[int, float]) -> None:
     got = {step: learning_rate_factor(schedule, step, step / 100, 100) for step in expected}
     assert got == pytest.approx(expected, abs=1e-12)
+
+
+def test_drops_by_epoch_are_drops_at_the_next_update() -> None:
+    """10 batches an epoch, 4 an update: epoch 3 ends after 7.5 updates."""
+    optim = OptimConfig(accumulate=4, schedule=ScheduleConfig(kind="drops", drop_epochs=(3, 4.0)))
+    schedule = by_steps(optim, 10).schedule
+    assert (schedule.drop_steps, schedule.drop_epochs) == ((8, 10), ())
+    assert [learning_rate_factor(schedule, step, 0.0) for step in (7, 8, 10)] == pytest.approx([1, 0.1, 0.01])
+    plain = OptimConfig(schedule=ScheduleConfig(kind="drops", drop_steps=(5,)))
+    assert by_steps(plain, None) == plain
+    with pytest.raises(ValueError, match=r"drop_epochs: expected data of a known size \(or drop_steps\)"):
+        by_steps(optim, None)
+    with pytest.raises(ValueError, match=r"kind: expected drops with drop_steps or drop_epochs, got cosine"):
+        ScheduleConfig(kind="cosine", drop_epochs=(1,))
+    with pytest.raises(ValueError, match=r"drop_epochs: expected drop_steps or drop_epochs, got both"):
+        ScheduleConfig(kind="drops", drop_epochs=(1,), drop_steps=(1,))
 
 
 def test_learning_rate_follows_the_clock_where_it_leads() -> None:

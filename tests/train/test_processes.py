@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from ibq_fast.train.peers import EXIT_CODE
 STEPS = 20
 
 
-def trained(config: TokenizerRun, folder: Path, world: int) -> tuple[dict[str, Any], list[dict[str, float]]]:
+def trained(
+    config: TokenizerRun, folder: Path, world: int, work: Callable[[list[str]], int] = main
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """The last checkpoint and the logged figures of ``config`` run by ``world`` processes."""
     config = replace(config, run=replace(config.run, dir=str(folder)))
     folder.mkdir()
     dump_config(config, folder / "given.yaml")
-    run_ranks(world, main, ["tokenizer", f"--config={folder / 'given.yaml'}"])
+    run_ranks(world, work, ["tokenizer", f"--config={folder / 'given.yaml'}"])
     newest = latest_checkpoint(folder / "checkpoints")
     assert newest is not None
     return load_checkpoint(newest), read_metrics(folder, "train")
