@@ -191,12 +191,14 @@ def refused() -> list[str]:
     quantizer.split_codebook(shards)
     other = IndexBackpropQuantizer(codebook_size=K + 1, dim=D)
     vq = VectorQuantizer(codebook_size=K, dim=D)
+    restarting = IndexBackpropQuantizer(codebook_size=K, dim=D, restart_after=1)
     calls: list[Callable[[], Any]] = [
         lambda: CodebookShards(K, 3),
         lambda: CodebookShards(1),
         lambda: quantizer.split_codebook(shards),
         lambda: other.split_codebook(shards),
         lambda: vq.split_codebook(shards),
+        lambda: restarting.split_codebook(shards),
     ]
     said = []
     for call in calls:
@@ -213,6 +215,7 @@ REFUSED = [
     "codebook_parallel: expected a whole codebook, got one that is split already",
     f"shards: expected a split of {K + 1} codes, got {K}",
     "codebook_parallel: expected a quantizer of kind ibq, got 'vq'",
+    "restart_after: expected 0 with a split codebook, got 1",
 ]
 
 
