@@ -71,7 +71,7 @@ class QuantizerConfig:
         ("features"), or the centres of k-means over the features of the first ``init_batches`` training
         batches, fitted anew at each of them ("kmeans").
     restart_after: a code that no feature chose in this many training batches moves to a feature that is far
-        from its own code (0: codes stay where gradients take them; IBQ only).
+        from its own code (0: codes stay where gradients take them; IBQ only, whole codebooks only).
     """
 
     kind: Kind = "ibq"
@@ -206,17 +206,17 @@ class _CodebookQuantizer(nn.Module):
         ``backward``, ``encode``, ``decode``, ``logits`` and ``init_from_features`` together, each with
         features of its own. ``codebook`` becomes a new parameter [K_r, D], whose gradient is that of the
         *sum* of the processes' losses (see :func:`~ibq_fast.codebook_parallel.parallel_index_backprop`).
-        Raises ValueError for plain vector quantization, restarts, another codebook size and a second call.
+        Raises ValueError for plain vector quantization, restarts of idle codes, another codebook size and a
+        second call.
         """
         if self.config.kind != "ibq":
             raise ValueError(f"codebook_parallel: expected a quantizer of kind ibq, got {self.config.kind!r}")
+        if self.config.restart_after > 0:
+            raise ValueError(
+                f"restart_after: expected 0 with a split codebook, got {self.config.restart_after}"
+            )
         if self.shards is not None:
             raise ValueError("codebook_parallel: expected a whole codebook, got one that is split already")
-        if self.config.restart_after:
-            raise ValueError(
-                "codebook_parallel: expected restart_after 0 (restarts look at the whole codebook), "
-                f"got {self.config.restart_after}"
-            )
         if shards.codebook_size != self.codebook_size:
             raise ValueError(
                 f"shards: expected a split of {self.codebook_size} codes, got {shards.codebook_size}"
@@ -395,6 +395,23 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
             _restore(z_q, shape, channel_last), indices.view(shape), quantization, sample, usage, entropy
         )
 
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _restart(self, rows: Tensor) -> None:
+        """Move codes that have been idle for too long to features [N, D] that are far from their codes."""
+        patience = self.config.restart_after
+        if patience == 0 or not self.training or not rows.shape[0]:
+            return
+        dead = (self.idle >= patience).nonzero().squeeze(1)[: rows.shape[0]]
+        if not dead.numel():
+            return
+        rows = rows.detach().to(self.codebook.dtype)
+        nearest = self.encode(rows, channel_last=True)
+        features = self._operands(rows, self.codebook)[0]
+        distances = (features - self._codes(self.codebook, nearest)).float().square().sum(1)
+        self.codebook.index_copy_(0, dead, far_rows(rows, distances, dead.numel()))
+        self.idle[dead] = 0
+
     def _step(
         self, vectors: Tensor, codebook: Tensor, scale: float, bias: Tensor | None, norm_weight: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -428,23 +445,6 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
         if over_all_rows:
             usage = entropy_of_mean(mean_over_all_rows(mean_prob, vectors.shape[0]))
         return z_q, codes, indices, sample, usage
-
-    @torch.compiler.disable
-    @torch.no_grad()
-    def _restart(self, rows: Tensor) -> None:
-        """Move codes that have been idle for too long to features [N, D] that are far from their codes."""
-        patience = self.config.restart_after
-        if patience == 0 or not self.training or not rows.shape[0]:
-            return
-        dead = (self.idle >= patience).nonzero().squeeze(1)[: rows.shape[0]]
-        if not dead.numel():
-            return
-        rows = rows.detach().to(self.codebook.dtype)
-        nearest = self.encode(rows, channel_last=True)
-        features = self._operands(rows, self.codebook)[0]
-        distances = (features - self._codes(self.codebook, nearest)).float().square().sum(1)
-        self.codebook.index_copy_(0, dead, far_rows(rows, distances, dead.numel()))
-        self.idle[dead] = 0
 
     @property
     def logit_scale(self) -> float:

@@ -194,7 +194,7 @@ def refused() -> list[str]:
     quantizer.split_codebook(shards)
     other = IndexBackpropQuantizer(codebook_size=K + 1, dim=D)
     vq = VectorQuantizer(codebook_size=K, dim=D)
-    restarting = IndexBackpropQuantizer(codebook_size=K, dim=D, restart_after=5)
+    restarting = IndexBackpropQuantizer(codebook_size=K, dim=D, restart_after=1)
     calls: list[Callable[[], Any]] = [
         lambda: CodebookShards(K, 3),
         lambda: CodebookShards(1),
@@ -218,7 +218,7 @@ REFUSED = [
     "codebook_parallel: expected a whole codebook, got one that is split already",
     f"shards: expected a split of {K + 1} codes, got {K}",
     "codebook_parallel: expected a quantizer of kind ibq, got 'vq'",
-    "codebook_parallel: expected restart_after 0 (restarts look at the whole codebook), got 5",
+    "restart_after: expected 0 with a split codebook, got 1",
 ]
 
 
