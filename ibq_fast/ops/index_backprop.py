@@ -152,18 +152,20 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     z, codebook, bias, scale, norm_weight, temperature = inputs
     _, _, indices, lse, readout, row_entropy, _, *kept = output
     ctx.mark_non_differentiable(indices, lse, readout, *kept)
+    ctx.set_materialize_grads(False)  # else autograd fills a zero for candidates too, 256 MB a step
     ctx.save_for_backward(z, codebook, bias, indices, lse, readout, row_entropy, *kept)
     ctx.scale, ctx.norm_weight, ctx.temperature = scale, norm_weight, temperature
 
 
-def backward(namespace: str, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def backward(namespace: str, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_z_q, grad_codes, _, _, _, grad_row_entropy, grad_mean_prob, *_ = grads
     z, codebook, bias, *saved = ctx.saved_tensors
+    row_entropy = saved[3]
     grad_z, grad_codebook, grad_bias = overload(namespace, BACKWARD)(
-        grad_z_q.contiguous(),
-        grad_codes.contiguous(),
-        grad_row_entropy.contiguous(),
-        grad_mean_prob.contiguous(),
+        z.new_zeros(z.shape) if grad_z_q is None else grad_z_q.contiguous(),
+        z.new_zeros(z.shape) if grad_codes is None else grad_codes.contiguous(),
+        torch.zeros_like(row_entropy) if grad_row_entropy is None else grad_row_entropy.contiguous(),
+        row_entropy.new_zeros(codebook.shape[0]) if grad_mean_prob is None else grad_mean_prob.contiguous(),
         z,
         codebook,
         bias,
