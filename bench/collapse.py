@@ -129,7 +129,7 @@ def _run(name: str, dim: int, steps: int, codes: int, folder: Path) -> Tokenizer
         model=TokenizerConfig(
             image_channels=1,
             resolution=32,
-            base_channels=16,
+            base_channels=32,
             channel_multipliers=(1, 1, 2),
             num_res_blocks=1,
             attention_resolutions=(),
@@ -219,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="bench.collapse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=600, help="optimiser steps of each run, at least 8")
+    parser.add_argument("--steps", type=int, default=400, help="optimiser steps of each run, at least 8")
     parser.add_argument("--only", action="append", choices=CHOICES, help="this choice (repeatable)")
     parser.add_argument("--dim", type=int, action="append", help=f"this dimension (default {DIMS})")
     parser.add_argument("--codes", type=int, default=1024)
