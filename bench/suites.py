@@ -10,7 +10,13 @@ from bench.suite import Suite
 
 SUITES: dict[str, Suite[Any]] = {
     suite.kernel: suite
-    for suite in (search.SUITE, quantizer_step.SUITE, training_step.SUITE, cross_entropy.SUITE, sampling.SUITE)
+    for suite in (
+        search.SUITE,
+        quantizer_step.SUITE,
+        training_step.SUITE,
+        cross_entropy.SUITE,
+        sampling.SUITE,
+    )
 }
 
 LEVELS = ("tiny", "quick", "full")
