@@ -76,10 +76,13 @@ IBQ_INLINE F widened(const char* p) {
 // The same for a product: pairs stay as they are.
 template <WeightType W>
 IBQ_INLINE F load_weights(const char* p) {
-  if constexpr (Weights<W>::kPairs)
-    return load(reinterpret_cast<const float*>(p));
-  else
+  if constexpr (Weights<W>::kPairs) {
+    F pairs;  // a row of pairs may begin anywhere
+    __builtin_memcpy(&pairs, p, sizeof(pairs));
+    return pairs;
+  } else {
     return widened<W>(p);
+  }
 }
 
 template <typename Element>
