@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bench.claims.methods import Method
 from ibq_fast.data import DataConfig, build_loader, to_float, to_uint8
-from ibq_fast.evaluate.images import psnr
+from ibq_fast.evaluate import psnr
 from ibq_fast.evaluate.usage import CodebookUsage, usage_figures
 from ibq_fast.train.usage import UsageWindow
 
