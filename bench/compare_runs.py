@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ibq_fast.data import build_loader, to_uint8
-from ibq_fast.evaluate.images import image_grid, psnr, save_png, usage_plot
+from ibq_fast.evaluate import image_grid, psnr, save_png, usage_plot
 from ibq_fast.evaluate.usage import CodebookUsage
 from ibq_fast.tokenizer import Tokenizer
 from ibq_fast.train import TokenizerRun, read_metrics
