@@ -380,7 +380,8 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
         """
         rows, shape = self._rows(z, channel_last)
         self._first_features(rows)
-        self._restart(rows)
+        if self.config.restart_after > 0 and self.training:
+            self._restart(rows)
         rows, codebook = self._widen(rows)
         with _full_precision(z):
             features, codebook, scale, norm_weight = self._operands(rows, codebook)
@@ -399,10 +400,9 @@ class IndexBackpropQuantizer(_CodebookQuantizer):
     @torch.no_grad()
     def _restart(self, rows: Tensor) -> None:
         """Move codes that have been idle for too long to features [N, D] that are far from their codes."""
-        patience = self.config.restart_after
-        if patience == 0 or not self.training or not rows.shape[0]:
+        if not rows.shape[0]:
             return
-        dead = (self.idle >= patience).nonzero().squeeze(1)[: rows.shape[0]]
+        dead = (self.idle >= self.config.restart_after).nonzero().squeeze(1)[: rows.shape[0]]
         if not dead.numel():
             return
         rows = rows.detach().to(self.codebook.dtype)

@@ -47,8 +47,9 @@ def test_the_table_says_why_triton_does_not_serve_the_cpu() -> None:
 
 def test_triton_is_never_chosen_unasked() -> None:
     """No committed result shows it right on a GPU yet."""
-    for rows in backends._TABLE.values():
-        row = next(row for row in rows if row.name == "triton")
+    found = [row for rows in backends._TABLE.values() for row in rows if row.name == "triton"]
+    assert len(found) >= 6
+    for row in found:
         for device in ("cuda", "npu"):
             doubt = row.hesitation(device, torch.float32)
             assert doubt is not None
