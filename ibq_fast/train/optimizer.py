@@ -67,9 +67,9 @@ def by_steps(config: OptimConfig, batches: int | None) -> OptimConfig:
 def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Adam or AdamW; the groups' ``decays`` says whether :func:`set_rates` gives them weight decay.
 
-    On the CPU matrices and vectors take PyTorch's fused one, which reads and writes each weight once where the
-    plain one makes a dozen passes: for a codebook of 262,144 x 256 on one core 0.04 s instead of 0.42 s. Not
-    so convolutions: it walks through memory, and is wrong where a weight and its gradient are laid out
+    On the CPU matrices and vectors take PyTorch's fused one, which reads and writes each weight once where
+    the plain one makes a dozen passes: for a codebook of 262,144 x 256 on one core 0.04 s instead of 0.42 s.
+    Not so convolutions: it walks through memory, and is wrong where a weight and its gradient are laid out
     differently (channels last). On other devices PyTorch chooses.
     """
     trained = [p for p in parameters if p.requires_grad]
