@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -130,7 +131,7 @@ def build_quantizer(config: QuantizerConfig) -> IndexBackpropQuantizer | VectorQ
     return IndexBackpropQuantizer(**fields)
 
 
-class _CodebookQuantizer(nn.Module):
+class _CodebookQuantizer(nn.Module, ABC):
     """A codebook [K, D] with its initialisation, and the way from feature maps to rows and back.
 
     ``shards``: None, or which rows of the codebook ``codebook`` holds (:meth:`split_codebook`).
@@ -286,9 +287,9 @@ class _CodebookQuantizer(nn.Module):
             return rows.float(), self.codebook.float()
         return rows, self.codebook
 
+    @abstractmethod
     def _operands(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, float, float]:
         """(vectors, codes, scale, norm_weight): S = scale · vectors @ codes.T - norm_weight · |codes|²."""
-        raise NotImplementedError
 
     def _learned_scale(
         self, vectors: Tensor, codebook: Tensor, norm_weight: float

@@ -1,4 +1,4 @@
-"""Operators of the codebook and of a linear head over its codes; no N×K tensor.
+"""Operators of the codebook and of a linear head over its codes, in memory that does not grow with N×K.
 
 Each module states one operator's contract. ``native`` (C++), ``triton`` and ``composite`` (chunked PyTorch,
 any device) offer the same schemas in the namespaces ``ibq_fast``, ``ibq_fast_triton`` and

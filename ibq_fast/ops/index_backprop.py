@@ -10,7 +10,7 @@ tile_bound [2, tiles, blocks] float32 holds the greatest log-probability of each
 backend's own form, what of S is left for the backward: tiles of it, and lists of the entries that count in
 softmax(S/τ) (empty where a backend leaves nothing).
 
-Nothing of size N×K is stored: candidates end at 256 MB. Cost in products of 2·N·K·D operations: forward 2,
+No memory grows with N×K: candidates end at 256 MB. Cost in products of 2·N·K·D operations: forward 2,
 backward 3 where S fits into them, 2 and 4 where lists do (a trained codebook), else 3 and 5, against 4 and 8
 of the two operators apart; less where tiles are negligible.
 """

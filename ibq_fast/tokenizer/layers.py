@@ -5,6 +5,8 @@ All take and give [B, C, H, W] and keep a channels-last memory format where it c
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from itertools import pairwise
 
 import torch
@@ -78,7 +80,7 @@ class Upsample(nn.Conv2d):
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Recomputed(nn.Module):
+class Recomputed(nn.Module, ABC):
     """A part whose activations may be recomputed in the backward pass instead of kept: set ``recompute``."""
 
     recompute = False
@@ -88,8 +90,9 @@ class Recomputed(nn.Module):
             return checkpoint(self.compute, x, use_reentrant=False)
         return self.compute(x)
 
+    @abstractmethod
     def compute(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What the part does, without recomputation."""
 
 
 class Middle(Recomputed):

@@ -1,7 +1,7 @@
 // Backward: one sweep in which a block of codes meets all rows; each tile's S (and G = g E^T) is
 // recomputed in L1, turned into dS in place, and spent at once on dz += dS E; the dS of kGroup rows then
-// feeds dE += dS^T z while the block's gradient sits in L2. No N x K array, nothing shared between
-// tasks but read-only operands: dz is kept per code range and dE per row range, added up in order.
+// feeds dE += dS^T z while the block's gradient sits in L2. Nothing that grows with N x K, nothing shared
+// between tasks but read-only operands: dz is kept per code range and dE per row range, added up in order.
 //
 // A row that one code has nearly whole (P > kWinner) gets its winner's dS as minus the sum of its other
 // entries, which is what it is exactly (a row of dS adds up to 0): computed by itself it would be the

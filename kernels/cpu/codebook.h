@@ -3,7 +3,8 @@
 //
 // Notation (docs/architecture.md, section "Mathematics"):
 //   z [N, D] features, E [K, D] codebook, S = scale * z E^T + bias - norm_weight * |E|^2 [N, K] logits, never
-//   stored. Euclidean logits -s |z - E|^2 are scale = 2 s, norm_weight = s, up to a constant of each row.
+//   stored whole but where they fit a bounded buffer. Euclidean logits -s |z - E|^2 are scale = 2 s,
+//   norm_weight = s, up to a constant of each row.
 #pragma once
 
 #include <cstdint>

@@ -3,10 +3,9 @@
 
 // What a few tiles spread over the chunk show against one block of codes. It only chooses between ways to the
 // same results.
-//   peaked  P: the mean over their rows of sum exp(x - max) is the block's size where P is flat and 1 where
-//   one
-//           code has it all. The readout comes along with the first sweep (2 products), or after it over live
-//           tiles alone (1 product and what is live of 2).
+//   peaked  P: the mean of sum exp(x - max) over their rows is the block's size where P is flat, and 1 where
+//           one code has it all. The readout comes along with the first sweep (2 products), or after it over
+//           live tiles alone (1 product and what is live of 2).
 //   flat    p: so many entries are candidates against the block's own maximum that lists would overflow.
 struct Probe {
   bool peaked, flat;

@@ -36,14 +36,17 @@ struct Inputs {
 };
 
 // S_ij = slope_i level_j and a little noise; temperature 0.1.
-//   spread   levels normal: a twentieth of the entries count     flat     all do
-//   wide     less so, and no code of the first block stands out, so that a probe finds P spread as well:
-//   logits
-//            are kept beside the lists
-//   peaked   one code has a row's whole mass                     ties     a hundredth of the codes share the
-//   top rising   every code tops those before it: lists fill with what is soon left behind mixed    every
-//   other row is flat                             nan      spread, and a row of NaN late     spread, and flat
-//   from the second chunk on
+//   spread  levels normal: a twentieth of the entries count
+//   wide    less so, and no code of the first block stands out: a probe finds P spread too, and logits are
+//   kept
+//           beside the lists
+//   flat    all entries count
+//   peaked  one code has a row's whole mass
+//   ties    a hundredth of the codes share the top
+//   rising  every code tops those before it: lists fill with what is soon left behind
+//   mixed   every other row is flat
+//   nan     spread, and a row of NaN
+//   late    spread, and flat from the second chunk on
 Inputs inputs(const std::string& kind, int n, int k, int d) {
   std::mt19937 rng(7);
   std::normal_distribution<float> normal;

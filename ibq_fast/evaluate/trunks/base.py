@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ class Features(NamedTuple):
     logits: Tensor
 
 
-class FeatureTrunk(nn.Module):
+class FeatureTrunk(nn.Module, ABC):
     """A frozen network in float32 over images [B, 1 or 3, H, W] in [-1, 1].
 
     name: what it is called in figures. width: of its pooled features. sha256: of its weight file.
@@ -33,13 +34,13 @@ class FeatureTrunk(nn.Module):
     width: int
     sha256: str
 
+    @abstractmethod
     def describe(self, side: int) -> str:
         """How images of ``side`` pixels are resized and scaled."""
-        raise NotImplementedError
 
+    @abstractmethod
     def extract(self, images: Tensor) -> Features:
         """Features of float32 images [B, 3, H, W]."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
