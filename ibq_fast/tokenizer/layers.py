@@ -6,7 +6,6 @@ All take and give [B, C, H, W] and keep a channels-last memory format where it c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-
 from itertools import pairwise
 
 import torch
