@@ -147,7 +147,7 @@ def build(architecture: str, use: str, dtype: str, dimension: int) -> Compiled:
 
     module, name, flags = USES.get(use) or FINISHERS[use]
     if architecture in live.UNBOUNDED:
-        flags = {key: value and key not in ("BOUND", "SKIP") for key, value in flags.items()}
+        flags = flags | dict.fromkeys(flags.keys() & {"BOUND", "SKIP"}, False)
     kernels = importlib.import_module(f"ibq_fast.ops.triton.kernels.{module}")
     if use in USES:
         kernel = getattr(kernels, module)
