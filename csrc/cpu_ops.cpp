@@ -226,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor mean_prob = new_of(z, {k}, ScalarType::Float);
   Tensor lse_tau = new_of(z, {n}, ScalarType::Double);
   Tensor tile_bound = new_of(z, {2, tiles, blocks}, ScalarType::Float);
-  Tensor candidates = large_empty({kernels().candidate_bytes(n, k)}, ScalarType::Byte, 1);
+  Tensor candidates = large_empty({kernels().candidate_bytes(n, k, d)}, ScalarType::Byte, 1);
   if (n > 0) {
     cpu::Forward out;
     out.indices = data<int64_t>(indices);
@@ -270,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor> index_backprop_backward(
   check_shape(row_entropy, "row_entropy", {n}, ScalarType::Float);
   check_shape(lse_tau, "lse_tau", {n}, ScalarType::Double);
   check_shape(tile_bound, "tile_bound", {2, tiles, blocks}, ScalarType::Float);
-  check_shape(candidates, "candidates", {kernels().candidate_bytes(n, k)}, ScalarType::Byte);
+  check_shape(candidates, "candidates", {kernels().candidate_bytes(n, k, d)}, ScalarType::Byte);
   for (Tensor* t : {&grad_z_q, &grad_codes, &grad_row_entropy, &grad_mean_prob, &indices, &lse, &readout,
                     &row_entropy, &lse_tau, &tile_bound, &candidates})
     *t = torch::stable::contiguous(*t);

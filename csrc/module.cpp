@@ -37,7 +37,7 @@ PyObject* cuda_tile_shape(PyObject*, PyObject*) {
 }
 
 // tile_shape(): rows and codes of a tile of the CPU kernels in use, the smallest codebook that keeps bounds
-// and candidates, and the most bytes of candidates.
+// and candidates, and the bytes of candidates that any codebook may have.
 PyObject* tile_shape(PyObject*, PyObject*) {
   const ibq::cpu::Kernels* kernels = ibq::cpu::kernels();
   if (kernels == nullptr) {
@@ -45,7 +45,7 @@ PyObject* tile_shape(PyObject*, PyObject*) {
     return nullptr;
   }
   return Py_BuildValue("iiiL", kernels->tile_rows, kernels->block_codes, kernels->bounded_from,
-                       static_cast<long long>(ibq::cpu::kMostCandidateBytes));
+                       static_cast<long long>(ibq::cpu::kCandidateBytes));
 }
 
 // release_memory(): frees what CPU ops keep for their next large output; returns its bytes.

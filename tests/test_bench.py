@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -254,9 +255,12 @@ def test_a_run_of_one_suite_becomes_rows(tmp_path: Path):
         "-k",
         "matmul or ibq_fast",
     ]
+    # a worker of pytest-xdist switches benchmarks off, and its variables would make this a worker too
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [sys.executable, *command, f"--benchmark-json={result}", "-p", "no:cacheprovider"],
         cwd=machine.ROOT,
+        env=own,
         capture_output=True,
         text=True,
         check=False,

@@ -10,9 +10,10 @@ tile_bound [2, tiles, blocks] float32 holds the greatest log-probability of each
 backend's own form, what of S is left for the backward: tiles of it, and lists of the entries that count in
 softmax(S/τ) (empty where a backend leaves nothing).
 
-No memory grows with N×K: candidates end at 256 MB. Cost in products of 2·N·K·D operations: forward 2,
-backward 3 where S fits into them, 2 and 4 where lists do (a trained codebook), else 3 and 5, against 4 and 8
-of the two operators apart; less where tiles are negligible.
+No memory grows with N×K: candidates end at 256 MB or at the size of the codebook's gradient if that is
+larger. Cost in products of 2·N·K·D operations: forward 2, backward 3 where S fits into them, 2 and 4 where
+lists do (a trained codebook), else 3 and 5, against 4 and 8 of the two operators apart; less where tiles are
+negligible.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def fake(
         return *selected, *statistics, *_nothing_kept(z)
     device_type = z.device.type if namespace == native.NAMESPACE else "cuda"
     bound = z.new_empty((2, *native.tile_grid(n, k, device_type)), dtype=torch.float32)
-    listed = native.candidate_bytes(n, k) if device_type == "cpu" else 0
+    listed = native.candidate_bytes(n, k, z.shape[1]) if device_type == "cpu" else 0
     return *selected, *statistics, bound, z.new_empty(listed, dtype=torch.uint8)
 
 
@@ -152,7 +153,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     z, codebook, bias, scale, norm_weight, temperature = inputs
     _, _, indices, lse, readout, row_entropy, _, *kept = output
     ctx.mark_non_differentiable(indices, lse, readout, *kept)
-    ctx.set_materialize_grads(False)  # else autograd fills a zero for candidates too, 256 MB a step
+    ctx.set_materialize_grads(False)  # else autograd fills a zero for candidates too
     ctx.save_for_backward(z, codebook, bias, indices, lse, readout, row_entropy, *kept)
     ctx.scale, ctx.norm_weight, ctx.temperature = scale, norm_weight, temperature
 

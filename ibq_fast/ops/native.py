@@ -52,15 +52,15 @@ def tile_grid(n: int, k: int, device_type: str) -> tuple[int, int]:
     return (n + rows - 1) // rows, (k + codes - 1) // codes
 
 
-def candidate_bytes(n: int, k: int) -> int:
-    """Bytes of ``candidates`` for [n, k] in the CPU kernels in use; 0 for small k."""
+def candidate_bytes(n: int, k: int, d: int) -> int:
+    """Bytes of ``candidates`` for [n, d] x [k, d] in the CPU kernels in use; 0 for small k."""
     from ibq_fast import _C
 
     rows, codes, smallest, most = _C.tile_shape()
     if k < smallest:
         return 0
     tiles = ((n + rows - 1) // rows) * ((k + codes - 1) // codes)
-    return torch.sym_min(64 + 4 * rows * codes * tiles, most)
+    return torch.sym_min(64 + 4 * rows * codes * tiles, torch.sym_max(most, 4 * k * d))
 
 
 def release_memory() -> int:

@@ -28,8 +28,9 @@ struct Parallel {
 
 constexpr float kNegligibleMass = 2.3283064365386963e-10f;  // 2^-32
 
-// What a forward leaves for its backward (Forward::candidates) takes no more than this.
-constexpr int64_t kMostCandidateBytes = 256 << 20;
+// What a forward leaves for its backward (Forward::candidates) takes no more than this or, where that is more,
+// than the codebook's gradient in float32, which the backward allocates anyway.
+constexpr int64_t kCandidateBytes = 256 << 20;
 
 // The operands every codebook kernel shares. z and codebook are row-major and contiguous.
 struct Problem {
@@ -109,8 +110,8 @@ struct Kernels {
   // ceil(n / tile_rows) and ceil(k / block_codes) from bounded_from codes on.
   void (*tile_grid)(int64_t n, int64_t k, int64_t* tiles, int64_t* blocks);
   // Bytes worth giving to candidates: of the call's logits in whole tiles and a header, up to
-  // kMostCandidateBytes; 0 below bounded_from codes.
-  int64_t (*candidate_bytes)(int64_t n, int64_t k);
+  // kCandidateBytes or the codebook's gradient; 0 below bounded_from codes.
+  int64_t (*candidate_bytes)(int64_t n, int64_t k, int64_t d);
   int tile_rows, block_codes, bounded_from;
   bool (*cross_entropy_forward)(const Problem&, const CrossEntropyForward&, const Parallel&);
   bool (*cross_entropy_backward)(const Problem&, const CrossEntropyBackward&, const Parallel&);

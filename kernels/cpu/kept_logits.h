@@ -2,7 +2,7 @@
 // of p, the backward's row constants and its dS), which otherwise compute S again. As many blocks of codes as
 // the call's buffer has room for, the first ones: all of a small S, a part of a large one.
 //
-// The buffer, best of candidate_bytes(n, k): a header of two int32, the tasks that listed candidates (0:
+// The buffer, best of candidate_bytes(n, k, d): a header of two int32, the tasks that listed candidates (0:
 // none) and the blocks kept; kept tiles, block by block; the lists at its end. A peaked P lives in so few
 // tiles that keeping the others would cost more than it saves, so nothing is kept there; lists (candidates.h)
 // are for what does not fit.
@@ -16,8 +16,10 @@ inline int64_t logit_bytes(int64_t n, int64_t k) {
   return tiles * blocks * kMR * kBlock * (int64_t)sizeof(float);
 }
 
-inline int64_t candidate_bytes(int64_t n, int64_t k) {
-  return k < kBoundedFrom ? 0 : min_of(kHeaderBytes + logit_bytes(n, k), kMostCandidateBytes);
+inline int64_t candidate_bytes(int64_t n, int64_t k, int64_t d) {
+  if (k < kBoundedFrom) return 0;
+  const int64_t gradient = k * d * (int64_t)sizeof(float);
+  return min_of(kHeaderBytes + logit_bytes(n, k), gradient > kCandidateBytes ? gradient : kCandidateBytes);
 }
 
 struct KeptLogits {

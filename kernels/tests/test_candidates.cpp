@@ -98,7 +98,7 @@ Results step(const Kernels& kernels, const Inputs& x, Room room, int forward_thr
   std::vector<float> readout(n * d), entropy(n), bound(2 * tiles * blocks);
   std::vector<double> lse(n), lse_tau(n);
   const int64_t share[] = {0, 8, 10},
-                bytes = kernels.candidate_bytes(n, k) * share[static_cast<int>(room)] / 10;
+                bytes = kernels.candidate_bytes(n, k, d) * share[static_cast<int>(room)] / 10;
   void* candidates = nullptr;
   if (bytes > 0) {
     CHECK(posix_memalign(&candidates, 64, static_cast<size_t>(bytes)) == 0, "memory");
@@ -179,8 +179,9 @@ int main() {
   std::istringstream names(available_isas());
   for (std::string name; std::getline(names, name, ',');) {
     const Kernels& kernels = *kernels_named(name.c_str());
-    CHECK(kernels.candidate_bytes(100, kernels.bounded_from - 1) == 0, "small codebooks leave nothing");
-    CHECK(kernels.candidate_bytes(1 << 20, 1 << 20) == kMostCandidateBytes, "what is left is bounded");
+    CHECK(kernels.candidate_bytes(100, kernels.bounded_from - 1, 64) == 0, "small codebooks leave nothing");
+    CHECK(kernels.candidate_bytes(1 << 20, 1 << 20, 64) == kCandidateBytes, "what is left is bounded");
+    CHECK(kernels.candidate_bytes(1 << 20, 1 << 20, 256) == int64_t{1} << 30, "by the gradient where larger");
     for (int forward_threads : {1, 3})
       for (int backward_threads : {1, 2}) {
         check(kernels, "spread", true, 61, 12, forward_threads, backward_threads);
