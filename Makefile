@@ -54,8 +54,11 @@ cuda-check: build  ## Compile the CUDA kernels for sm_80, sm_90a and sm_100a, re
 triton-check: $(STAMP)  ## Compile the Triton kernels for sm_80, sm_90 and sm_100 and read registers and spills
 	$(PY) tools/triton_check.py --budgets ibq_fast/ops/triton/budgets.json --jobs $(JOBS)
 
-pytest: build
-	$(PY) -m pytest -q --durations=15
+# Tests share the cores: threads that wait for others must not spin.
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS)
+
+pytest: build  ## The Python tests
+	$(PYTEST) --durations=15
 
 bench: build  ## Measure everything against its peers (long: the largest sizes take minutes each): docs/benchmarks.md
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench]'
@@ -65,7 +68,7 @@ bench: build  ## Measure everything against its peers (long: the largest sizes t
 isa-tests: build  ## The native ops under every instruction set this CPU has
 	@for isa in $$($(PY) -c 'import torch, ibq_fast._C as c; print(*c.cpu_isas().split(",")[1:])'); do \
 	  echo "IBQ_FAST_CPU_ISA=$$isa"; \
-	  IBQ_FAST_CPU_ISA=$$isa $(PY) -m pytest -q tests/ops/test_index_backprop.py tests/ops/test_search.py \
+	  IBQ_FAST_CPU_ISA=$$isa $(PYTEST) tests/ops/test_index_backprop.py tests/ops/test_search.py \
 	    tests/ops/test_cross_entropy.py tests/ops/test_skinny_linear.py tests/generator/test_decoder.py \
 	    tests/test_quantizer_golden.py -k 'native' || exit 1; \
 	done
