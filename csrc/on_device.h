@@ -46,7 +46,9 @@ namespace ibq {
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const torch::stable::Tensor& t) : guard_(t.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    // (the macro that checks this is of torch 2.12)
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_) == AOTI_TORCH_SUCCESS,
+                    "cuda:", t.get_device_index(), ": torch has no current stream for it");
   }
   void* stream() const { return stream_; }
 
