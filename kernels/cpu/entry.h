@@ -4,14 +4,14 @@
 template <bool kPairs>
 bool forward_of(const Problem& p, const Forward& out, const Parallel& parallel) {
   const bool lse = out.lse, readout = out.readout, entropy = out.row_entropy;
+  if (!lse && !readout && !entropy) return run_search<kPairs>(p, out, parallel);
   if (readout)
     return entropy ? run_forward<kPairs, true, true, true>(p, out, parallel)
                    : run_forward<kPairs, true, true, false>(p, out, parallel);
   if (lse)
     return entropy ? run_forward<kPairs, true, false, true>(p, out, parallel)
                    : run_forward<kPairs, true, false, false>(p, out, parallel);
-  return entropy ? run_forward<kPairs, false, false, true>(p, out, parallel)
-                 : run_forward<kPairs, false, false, false>(p, out, parallel);
+  return run_forward<kPairs, false, false, true>(p, out, parallel);
 }
 
 inline bool forward(const Problem& p, const Forward& out, const Parallel& parallel) {

@@ -301,7 +301,7 @@ inline bool exact_search(const Problem& p, const Forward& out, const Parallel& p
       Forward rest_out;
       rest_out.indices = out.indices ? out.indices + c.row + r : nullptr;
       rest_out.max = out.max ? out.max + c.row + r : nullptr;
-      if (!run_forward<false, false, false, false>(rest, rest_out, parallel)) return false;
+      if (!run_search<false>(rest, rest_out, parallel)) return false;
       r = end;
     }
   }

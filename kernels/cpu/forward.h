@@ -1,4 +1,5 @@
 // Forward sweep: argmax, log-sum-exp, soft readout and the statistics of softmax(S/tau), one pass over S.
+// The argmax alone is search.h's.
 //
 // A block of codes is packed once and meets every row tile; the tile's logits live in an L1 scratch of
 // kMR x kBlock, where each row's epilogue reads them. Per row and task the state is kept per lane:
@@ -170,7 +171,6 @@ void forward_task(const ForwardContext& c, int task) {
         const int64_t at = base + r + i;
         float* x = logits + i * kBlock;
         update_best(x, columns, (int32_t)code0, c.state.best + at * kWidth, c.state.best_at + at * kWidth);
-        if (!kLse && !kEntropy) continue;
         const F maxima = lane_maxima(x, columns);
         if (c.block_max) c.block_max[(r + i) * c.blocks + code0 / kBlock] = horizontal_max(maxima);
         const bool spent_t = !kEntropy || negligible(maxima, c.state.ref[at], gap * c.out.temperature);
@@ -245,7 +245,7 @@ void merge_row(const ForwardContext& c, int64_t r) {
       int64_t i = c.state.best_at[at * kWidth + l];
       if (v > best || (v == best && i < best_at)) best = v, best_at = i;
     }
-    if ((kLse || kEntropy) && !(c.state.ref[at] <= ref)) ref = c.state.ref[at];
+    if (!(c.state.ref[at] <= ref)) ref = c.state.ref[at];
   }
   const bool none = !(best > -__builtin_inff());
   if (c.out.indices) c.out.indices[row] = none ? 0 : best_at;

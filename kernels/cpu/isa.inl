@@ -30,6 +30,7 @@ namespace {
 #include "kernels/cpu/forward.h"
 #include "kernels/cpu/forward_sweeps.h"
 #include "kernels/cpu/run_forward.h"
+#include "kernels/cpu/search.h"
 #include "kernels/cpu/exact_search.h"
 #include "kernels/cpu/backward.h"
 #include "kernels/cpu/run_backward.h"

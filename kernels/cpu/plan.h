@@ -21,17 +21,19 @@ struct Plan {
   int64_t n, k, d, padded;  // padded: d rounded up to kNR
   int code_tasks, row_tasks;
   int64_t codes_per_task;        // multiple of kNR, of kBlock where bounds are kept
-  int64_t chunk, rows_per_task;  // multiples of kMR
+  int64_t tile;                  // rows that are packed together
+  int64_t chunk, rows_per_task;  // multiples of it
 
-  Plan(const Problem& p, int threads) : n(p.n), k(p.k), d(p.d), padded(round_up(p.d, kNR)) {
+  Plan(const Problem& p, int threads, int64_t tile_rows = kMR)
+      : n(p.n), k(p.k), d(p.d), padded(round_up(p.d, kNR)), tile(tile_rows) {
     int64_t most = p.k / (2 * kBlock);
     code_tasks = (int)(most < 1 ? 1 : min_of(most, threads));
     codes_per_task = round_up((p.k + code_tasks - 1) / code_tasks, p.k >= kBoundedFrom ? kBlock : kNR);
     code_tasks = (int)((p.k + codes_per_task - 1) / codes_per_task);
-    int64_t tiles = (p.n + kMR - 1) / kMR;
+    int64_t tiles = (p.n + tile - 1) / tile;
     row_tasks = (int)min_of(threads / code_tasks < 1 ? 1 : threads / code_tasks, tiles < 1 ? 1 : tiles);
-    chunk = min_of(round_up(2048, kMR) * row_tasks, tiles * kMR);
-    rows_per_task = round_up((chunk + row_tasks - 1) / row_tasks, kMR);
+    chunk = min_of(round_up(2048, tile) * row_tasks, tiles * tile);
+    rows_per_task = round_up((chunk + row_tasks - 1) / row_tasks, tile);
     row_tasks = (int)((chunk + rows_per_task - 1) / rows_per_task);
   }
 
@@ -46,8 +48,8 @@ struct Range {
   Range(const Plan& plan, int64_t chunk_rows, int task) {
     code_task = task % plan.code_tasks;
     row_task = task / plan.code_tasks;
-    row0 = min_of((int64_t)row_task * plan.rows_per_task, round_up(chunk_rows, kMR));
-    row1 = min_of(row0 + plan.rows_per_task, round_up(chunk_rows, kMR));
+    row0 = min_of((int64_t)row_task * plan.rows_per_task, round_up(chunk_rows, plan.tile));
+    row1 = min_of(row0 + plan.rows_per_task, round_up(chunk_rows, plan.tile));
     code0 = (int64_t)code_task * plan.codes_per_task;
     code1 = min_of(code0 + plan.codes_per_task, plan.k);
   }
@@ -151,15 +153,15 @@ void run_tasks(const Parallel& parallel, int tasks, const Body& body) {
   }
 }
 
-// Packs the rows [row, row + rows) into tiles [tile][d][kMR], in parallel.
+// Packs the rows [row, row + rows) into tiles [tile][words(d)][tile_rows], in parallel.
 template <bool kPairs>
 void pack_row_tiles(const Problem& p, const void* src, int64_t row, int64_t rows, float* out,
-                    const Parallel& parallel) {
-  int64_t tiles = (rows + kMR - 1) / kMR;
+                    const Parallel& parallel, int tile_rows = kMR) {
+  int64_t tiles = (rows + tile_rows - 1) / tile_rows;
   int tasks = (int)min_of(parallel.threads, tiles);
   run_tasks(parallel, tasks, [&](int t) {
     int64_t t0 = tiles * t / tasks, t1 = tiles * (t + 1) / tasks;
-    int64_t r0 = t0 * kMR, r1 = min_of(t1 * kMR, rows);
-    pack_operand<kPairs>(p.dtype, src, row + r0, r1 - r0, p.d, kMR, out + r0 * words<kPairs>(p.d));
+    int64_t r0 = t0 * tile_rows, r1 = min_of(t1 * tile_rows, rows);
+    pack_operand<kPairs>(p.dtype, src, row + r0, r1 - r0, p.d, tile_rows, out + r0 * words<kPairs>(p.d));
   });
 }

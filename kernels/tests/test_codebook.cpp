@@ -355,6 +355,71 @@ void check_ties_and_nan(const Kernels& kernels) {
   }
 }
 
+// The search alone must be the search of a call that wants the log-sum-exp too, bit for bit: every tile and
+// vector cut short, chunks, maxima that rise with every code or never, ties, zeros of both signs, NaN and
+// infinite codes, rows without a logit above -inf.
+void check_search_alone(const Kernels& kernels) {
+  struct Shape {
+    int n, k, d;
+  };
+  const Shape shapes[] = {{1, 1, 1},    {3, 11, 5},    {16, 12, 8},  {17, 13, 7},   {32, 25, 33},
+                          {33, 191, 2}, {40, 193, 16}, {61, 400, 9}, {70, 8300, 3}, {2060, 30, 4}};
+  for (const Shape& s : shapes)
+    for (DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
+      for (const char* kind : {"random", "rising", "equal", "small", "broken", "lowest"})
+        for (int form = 0; form < 4; ++form) {
+          std::mt19937 rng(s.n * 31 + s.k);
+          std::normal_distribution<float> normal;
+          std::vector<float> z(s.n * s.d), e(s.k * s.d), b(s.k, form == 1 ? -0.0f : 0.0f);
+          for (auto& f : z) f = normal(rng);
+          for (auto& f : e) f = normal(rng);
+          if (kind[0] == 'r' && kind[1] == 'i')
+            for (size_t i = 0; i < e.size(); ++i) e[i] = 0.01f * float(i / s.d), z[i % z.size()] = 1.0f;
+          if (kind[0] == 'e') std::fill(e.begin(), e.end(), 0.5f);
+          if (kind[0] == 's')  // ties everywhere, and products of -0
+            for (auto* v : {&z, &e})
+              for (auto& f : *v) f = std::copysign(float(rng() % 2), f);
+          if (kind[0] == 'b') {
+            for (int j = 0; j < s.k; j += 5) e[j * s.d] = NAN;
+            e[s.k / 2 * s.d] = INFINITY;
+            z[s.n / 2 * s.d] = NAN;
+          }
+          if (kind[0] == 'l') std::fill(b.begin(), b.end(), -INFINITY);
+          if (form == 2)
+            for (auto& f : b) f += 0.1f * normal(rng);
+          std::vector<uint16_t> narrow[2];
+          for (int which = 0; which < 2; ++which)  // fp16 takes the same bits: some other numbers
+            for (float f : which ? e : z) narrow[which].push_back(to_bf16(f));
+          Problem p;
+          p.dtype = type, p.n = s.n, p.k = s.k, p.d = s.d;
+          p.z = type == DType::kFloat32 ? static_cast<const void*>(z.data()) : narrow[0].data();
+          p.codebook = type == DType::kFloat32 ? static_cast<const void*>(e.data()) : narrow[1].data();
+          p.bias = form == 0 && kind[0] != 'l' ? nullptr : b.data();
+          p.scale = form == 2 ? -0.7f : 1.0f;
+          p.norm_weight = form == 3 ? 0.5f : 0.0f;
+          std::vector<int64_t> indices[2];
+          std::vector<float> max[2];
+          for (int alone = 0; alone < 2; ++alone) {
+            indices[alone].resize(s.n), max[alone].resize(s.n);
+            std::vector<double> lse(s.n);
+            Forward f;
+            f.indices = indices[alone].data(), f.max = max[alone].data();
+            f.lse = alone ? nullptr : lse.data();
+            expect(kernels.forward(p, f, threads(1 + s.k % 3)), "search alone");
+          }
+          if (kind[0] == 'l') {  // there the other sweep finds its own padding
+            indices[0].assign(s.n, 0);
+            for (float m : max[1]) expect(std::isnan(m), "a row without a logit above -inf has no maximum");
+            max[0] = max[1];
+          }
+          expect(
+              indices[0] == indices[1] && std::memcmp(max[0].data(), max[1].data(), s.n * sizeof(float)) == 0,
+              std::string(kernels.name) + ": search alone differs, n " + std::to_string(s.n) + " k " +
+                  std::to_string(s.k) + " d " + std::to_string(s.d) + " " + kind + " dtype " +
+                  std::to_string(static_cast<int>(type)) + " form " + std::to_string(form));
+        }
+}
+
 void check_rows() {
   const int n = 1000, k = 37, d = 3;
   std::mt19937 rng(1);
@@ -404,6 +469,7 @@ int main() {
     check_skipping(*k);
     check_rounded_first(*k);
     check_ties_and_nan(*k);
+    check_search_alone(*k);
   }
   expect(kernels_named("quantum") == nullptr, "an unknown instruction set must be refused");
   check_rows();

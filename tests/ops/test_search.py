@@ -21,6 +21,9 @@ def check(x, backend, error_ratio, floors) -> None:
     floor = floors.logits(x)
     error_ratio("max", ours.max, eager[1], truth[1], floor)
     error_ratio("lse", ours.lse, eager[2], truth[2], floor)
+    alone = codebook_search(x.z, x.codebook, scale=x.scale, bias=x.bias, backend=backend)
+    assert torch.equal(alone.indices, ours.indices)
+    assert torch.equal(alone.max, ours.max)
     assert ours.indices.dtype == torch.int64
     assert ours.max.dtype == ours.lse.dtype == search.statistics_dtype(x.z.dtype)
     logits = search.logits(wide.z, wide.codebook, wide.bias, x.scale)
