@@ -247,7 +247,9 @@ void merge_row(const ForwardContext& c, int64_t r) {
     }
     if (!(c.state.ref[at] <= ref)) ref = c.state.ref[at];
   }
-  const bool none = !(best > -__builtin_inff());
+  // none: no logit above the padding's (kMasked), as where all are -inf, of which there is no distribution
+  const bool none = !(best > -__builtin_inff()) || best_at >= plan.k;
+  if (none) ref = __builtin_nanf("");
   if (c.out.indices) c.out.indices[row] = none ? 0 : best_at;
   if (c.out.max) c.out.max[row] = none ? __builtin_nanf("") : best;
   if (kLse) {
