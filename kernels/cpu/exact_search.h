@@ -15,9 +15,10 @@
 
 constexpr int kCandidates = 192;
 
-// Below these the float32 sweep is as fast.
+// Below these the float32 sweep is as fast: few rows or short ones do not pay for rounding the codebook.
 constexpr int64_t kExactFromCodes = 2048;
 constexpr int64_t kExactFromDim = 32;
+constexpr int64_t kExactFromNumbers = 32768;  // of rows times dimensions
 
 // Relative error of a sum of d products in float32, whatever its order.
 inline float gamma_of(int64_t d) { return (float)(d + 8) * 1.1920929e-7f; }

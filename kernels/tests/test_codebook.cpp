@@ -293,10 +293,11 @@ void check_skipping(const Kernels& kernels) {
 // Rounded-first search must be the float32 search bit for bit: random and clustered codes, near ties one
 // rounding apart, duplicates (more than any list of candidates holds), NaN and infinite rows, bias and scale.
 void check_rounded_first(const Kernels& kernels) {
-  const int n = 150, k = 2500;
+  const int k = 2500;
   std::mt19937 rng(11);
   std::normal_distribution<float> normal;
   for (int d : {32, 57, 130}) {
+    const int n = 32768 / d + 5;  // from where on the search rounds first
     for (int kind = 0; kind < 4; ++kind) {
       std::vector<float> e(k * d), z(n * d), b(k);
       for (auto* v : {&e, &z, &b})

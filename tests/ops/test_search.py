@@ -114,7 +114,7 @@ def test_a_nan_row_gives_index_zero(backend, operands, small_blocks) -> None:
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "near ties", "duplicates"])
-@pytest.mark.parametrize("size", [(300, 4096, 64), (65, 2100, 256), (130, 2500, 33)])
+@pytest.mark.parametrize("size", [(600, 4096, 64), (130, 2100, 256), (1000, 2500, 33)])
 def test_exact_search_is_the_float32_search(size, kind, backend) -> None:
     n, k, d = size
     generator = torch.Generator().manual_seed(k)
