@@ -186,7 +186,7 @@ class _Quickstart:
 
     def _load(self, folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_pretrained(folder, device=self.device).requires_grad_(False)
-        return tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _evaluate(self, name: str, model: Tokenizer, images: Tensor) -> TokenizerEvaluation:
         made = evaluate_tokenizer(

@@ -74,8 +74,8 @@ class EncodedImages:
         self._tokenizer = tokenizer
         self._loader = build_loader(data, "train", seed=seed, rank=rank, world_size=world_size)
         numbered = self._loader if isinstance(self._loader, Loader) else None
-        self.classes = numbered and len(numbered.dataset.classes)
-        self.batches = numbered and len(numbered)
+        self.classes = None if numbered is None else len(numbered.dataset.classes)
+        self.batches = None if numbered is None else len(numbered)
         self._images: Iterator[tuple[Tensor, Tensor]] = self._loader.forever()
 
     def next(self) -> tuple[Tensor, Tensor]:
