@@ -180,7 +180,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 lines.append(f"| {name} | {NAMES[precision]} | {figures} |")
         about = sorted(
             {
-                f"{e['device']}, {e['threads']} threads, {e['date']}, commit `{e['commit']}`"
+                f"{e['device']}, {e['threads']} threads, {e['date']}, commit {e['commit']}"
                 for e in entries.values()
             }
         )
