@@ -7,7 +7,7 @@ for images, labels in loader:          # the rest of the epoch: uint8 [B, 3, 256
 state = loader.state_dict()            # loader.load_state_dict(state) continues with the next batch
 """
 
-from ibq_fast.data.config import DataConfig, Split, build_dataset, build_loader
+from ibq_fast.data.config import DataConfig, Split, build_dataset, build_loader, build_view_loader
 from ibq_fast.data.decode import BadImageError, Fault, decode_image
 from ibq_fast.data.errors import DataError
 
@@ -19,7 +19,7 @@ from ibq_fast.data.loader import Batch, Loader, Position
 from ibq_fast.data.pixels import to_float, to_uint8
 from ibq_fast.data.sampler import ResumableBatchSampler
 from ibq_fast.data.shards import BadSample, ShardLoader
-from ibq_fast.data.transform import SquareCrop
+from ibq_fast.data.transform import SquareCrop, SquareViews
 
 __all__ = [
     "BadImageError",
@@ -36,8 +36,10 @@ __all__ = [
     "ShardLoader",
     "Split",
     "SquareCrop",
+    "SquareViews",
     "build_dataset",
     "build_loader",
+    "build_view_loader",
     "decode_image",
     "fashion_mnist",
     "to_float",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ibq_fast.data.decode import MAX_PIXELS
@@ -15,7 +15,7 @@ from ibq_fast.data.paths import class_folders
 from ibq_fast.data.sampler import ResumableBatchSampler
 from ibq_fast.data.shard_reader import find_shards
 from ibq_fast.data.shards import ShardLoader
-from ibq_fast.data.transform import Crop, SquareCrop
+from ibq_fast.data.transform import Crop, SquareCrop, SquareViews
 
 Split = Literal["train", "val"]
 
@@ -148,21 +148,51 @@ def build_loader(
     return Loader(dataset, sampler, train=train, num_workers=config.num_workers, pin_memory=pin_memory)
 
 
+def build_view_loader(config: DataConfig, split: Split, views: int = 1) -> Loader | ShardLoader:
+    """Every good image of a split once, in order, as ``views`` squares: the middle one, and others by crop.
+
+    Batches of uint8 [B, views, C, R, R] and int64 labels [B]; always the same, never mirrored, all of them on
+    this process. Raises as :func:`build_loader`, and ValueError for more views than the settings can draw.
+    """
+    if views < 1:
+        raise ValueError(f"views: expected at least 1, got {views}")
+    if views > 1 and config.crop == "center":
+        raise ValueError(f"views: expected 1 with crop center, whose squares are all one, got {views}")
+    if views > 1 and config.kind == "fashion_mnist":
+        raise ValueError(f"views: expected 1 for fashion_mnist, whose images fill their squares, got {views}")
+    squares = SquareViews(_square_crop(config, config.crop), views)
+    train = split == "train"
+    if config.kind == "shards":
+        return _shards(config, train, 0, 0, 1, None, squares)
+    dataset: ImageFolder | InMemoryImages
+    if config.kind == "fashion_mnist":
+        dataset = build_dataset(replace(config, flip=False), split)
+    else:
+        dataset = _image_folder(config, train, 0, squares)
+    sampler = ResumableBatchSampler(len(dataset), config.batch_size, shuffle=False, drop_last=False)
+    return Loader(dataset, sampler, train=False, num_workers=config.num_workers)
+
+
 def _shards(
-    config: DataConfig, train: bool, seed: int, rank: int, world_size: int, pin_memory: bool | None
+    config: DataConfig,
+    train: bool,
+    seed: int,
+    rank: int,
+    world_size: int,
+    pin_memory: bool | None,
+    views: SquareViews | None = None,
 ) -> ShardLoader:
+    """``views``: instead of what training and evaluation see, in order."""
     pattern = config.root if train else config.val_root
     if pattern is None:
         raise ValueError(
             f"{'root' if train else 'val_root'}: expected names of shards for kind shards, got none"
         )
-    crop: Crop = config.crop if train else "center"
+    crop = _square_crop(config, config.crop if train else "center", config.flip and train)
     return ShardLoader(
         find_shards(pattern),
-        SquareCrop(
-            config.resolution, crop, config.min_crop_scale, config.flip and train, config.interpolation
-        ),
-        train=train,
+        views or crop,
+        train=train and views is None,
         channels=config.channels,
         max_pixels=config.max_pixels,
         max_bad_fraction=config.max_bad_fraction,
@@ -177,7 +207,14 @@ def _shards(
     )
 
 
-def _image_folder(config: DataConfig, train: bool, seed: int) -> ImageFolder:
+def _square_crop(config: DataConfig, crop: Crop, flip: bool = False) -> SquareCrop:
+    return SquareCrop(config.resolution, crop, config.min_crop_scale, flip, config.interpolation)
+
+
+def _image_folder(
+    config: DataConfig, train: bool, seed: int, views: SquareViews | None = None
+) -> ImageFolder:
+    """``views``: instead of what training and evaluation see; bad images are left out, not replaced."""
     if config.root is None:
         raise ValueError("root: expected a folder of class folders for kind image_folder, got none")
     if not train and config.val_root is None and config.val_fraction == 0.0:
@@ -186,10 +223,10 @@ def _image_folder(config: DataConfig, train: bool, seed: int) -> ImageFolder:
     part: Literal["all", "train", "val"] = "all"
     if config.val_fraction > 0.0:
         part = "train" if train else "val"
-    return ImageFolder(
+    folder = ImageFolder(
         config.val_root if separate and config.val_root is not None else config.root,
         config.resolution,
-        train=train,
+        train=train and views is None,
         channels=config.channels,
         crop=config.crop,
         min_scale=config.min_crop_scale,
@@ -202,3 +239,6 @@ def _image_folder(config: DataConfig, train: bool, seed: int) -> ImageFolder:
         val_fraction=config.val_fraction,
         seed=seed,
     )
+    if views is not None:
+        folder.transform = views
+    return folder

@@ -14,7 +14,7 @@ from ibq_fast.data import counter
 from ibq_fast.data.decode import MAX_PIXELS, BadImageError, Fault, decode_image
 from ibq_fast.data.errors import DataError
 from ibq_fast.data.paths import Part, find_images
-from ibq_fast.data.transform import Crop, Interpolation, SquareCrop
+from ibq_fast.data.transform import Crop, Interpolation, SquareCrop, SquareViews
 
 _REPLACEMENTS = 100  # draws before giving up on one item; with half of the images bad, 1e-30 to get there
 _log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         self.paths = find_images(root, classes=classes, part=part, val_fraction=val_fraction)
         self.classes = self.paths.classes
         self.train, self.channels, self.seed = train, channels, seed
-        self.transform = SquareCrop(
+        self.transform: SquareCrop | SquareViews = SquareCrop(
             resolution, crop if train else "center", min_scale, flip and train, interpolation
         )
         self.max_bad_fraction, self.max_pixels = max_bad_fraction, max_pixels

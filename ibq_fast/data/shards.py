@@ -16,7 +16,7 @@ from ibq_fast.data.errors import DataError
 from ibq_fast.data.loader import Batch, Gather, ignore_interrupt
 from ibq_fast.data.shard_order import LaneShuffle, Progress, Seen, ShardOrder
 from ibq_fast.data.shard_reader import ShardSample, decode_sample, read_shard
-from ibq_fast.data.transform import SquareCrop
+from ibq_fast.data.transform import SquareCrop, SquareViews
 
 _WEIGHTY = 1000  # the share of bad samples is taken of at least so many
 _BAD_AT_ONCE = 100  # so many bad samples are reported without waiting for a whole batch
@@ -63,7 +63,7 @@ class ShardLoader:
 
     Args:
         shards: see ``find_shards``; the same on every process.
-        transform: crop, resize, flip.
+        transform: crop, resize, flip; ``SquareViews`` give batches [B, views, C, R, R].
         train: as above.
         channels, max_pixels, max_bad_fraction: as in ``ImageFolder``.
         batch_size: images per batch.
@@ -80,7 +80,7 @@ class ShardLoader:
     def __init__(
         self,
         shards: list[str],
-        transform: SquareCrop,
+        transform: SquareCrop | SquareViews,
         *,
         train: bool,
         channels: int,

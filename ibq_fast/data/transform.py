@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -79,6 +79,31 @@ class SquareCrop:
         low, high = (math.log(limit) for limit in _ASPECTS)
         ratio = math.exp(low + (high - low) * aspect)
         return _place(width, height, math.sqrt(pixels * ratio), math.sqrt(pixels / ratio), x, y)
+
+
+@dataclass(frozen=True)
+class SquareViews:
+    """An image as several squares at once: the middle one, then others as ``crop`` draws them.
+
+    Args:
+        crop: how the others are drawn; flips are left to whoever takes the views.
+        count: squares in all, at least 1.
+    """
+
+    crop: SquareCrop
+    count: int = 1
+
+    @property
+    def resolution(self) -> int:
+        """Side of the squares in pixels."""
+        return self.crop.resolution
+
+    def __call__(self, image: Image.Image, seed: int, epoch: int, index: int) -> Tensor:
+        """uint8 [count, C, resolution, resolution]; a function of (seed, index) alone."""
+        plain = replace(self.crop, flip=False)
+        squares = [replace(plain, crop="center")(image, seed, 0, index)]
+        squares += [plain(image, seed, view, index) for view in range(1, self.count)]
+        return torch.stack(squares)
 
 
 def _place(

@@ -36,6 +36,9 @@ class GeneratorConfig:
     """One class projection for all blocks plus an offset per block, instead of a projection per block."""
     class_dropout: float = 0.1
     """Probability of replacing a class by the null class while training."""
+    pkeep: float = 1.0
+    """Probability of keeping a token of the context while training; others become codes drawn at random, so
+    that the model learns to go on from mistakes. What is predicted stays the image's own tokens."""
     token_dropout: float = 0.1
     """Dropout on the embedded sequence."""
     attention_dropout: float = 0.0
@@ -87,6 +90,8 @@ class GeneratorConfig:
         ):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {getattr(self, name)}")
+        if not 0.0 < self.pkeep <= 1.0:
+            raise ValueError(f"pkeep: expected a probability in (0, 1], got {self.pkeep}")
         for name in ("rope_base", "norm_eps", "init_std"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")

@@ -89,13 +89,13 @@ class Generator(PretrainedMixin, nn.Module):
 
         ``tokens`` int [B, rows * columns] (or [B, rows, columns]), ``class_ids`` int [B]. ``inputs`` int
         [B, rows * columns - 1] replaces the tokens that the model sees (default: ``tokens`` without the
-        last), for training on corrupted context.
+        last), for training on corrupted context; while training, ``pkeep`` below 1 corrupts the default.
 
         The logits are never in memory: see :func:`ibq_fast.ops.linear_cross_entropy`. Under autocast hidden
         vectors and head are multiplied in its dtype, like any linear layer.
         """
         tokens = arguments.whole_images(tokens, self.config)
-        hidden = self._hidden(tokens[:, :-1] if inputs is None else inputs, class_ids).flatten(0, 1)
+        hidden = self._hidden(self._context(tokens) if inputs is None else inputs, class_ids).flatten(0, 1)
         device_type = hidden.device.type
         autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.head.weight.dtype
@@ -184,6 +184,21 @@ class Generator(PretrainedMixin, nn.Module):
             with self._lent_decoder(rows, precision) as decoder:
                 yield from generate(decoder, requests)
 
+    @torch.no_grad()
+    def set_input_codes(self, codes: Tensor, *, frozen: bool = False) -> None:
+        """Embed tokens by ``codes`` [vocab_size, token_dim], a tokenizer's codebook; ``frozen``: for good.
+
+        Raises ValueError for another shape, which a model without ``token_dim`` expects too.
+        """
+        expected = [self.config.vocab_size, self.config.token_dim]
+        if list(codes.shape) != expected:
+            raise ValueError(
+                f"codes: expected [vocab_size, token_dim] = {expected} as in the config, "
+                f"got {list(codes.shape)}"
+            )
+        self.token_embedding.weight.copy_(codes)
+        self.token_embedding.weight.requires_grad_(not frozen)
+
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Token indices [...] -> input vectors [..., width]."""
         return self.token_projection(self.token_embedding(tokens))
@@ -240,6 +255,14 @@ class Generator(PretrainedMixin, nn.Module):
             block.reset_modulation(self.config)
         self.head_norm.adaln.weight *= 0.5
         self.head.weight.zero_()
+
+    def _context(self, tokens: Tensor) -> Tensor:
+        """What the model sees of whole images [B, L]: all but the last token, some replaced in training."""
+        context = tokens[:, :-1]
+        if not self.training or self.config.pkeep == 1:
+            return context
+        kept = torch.rand(context.shape, device=context.device) < self.config.pkeep
+        return torch.where(kept, context, torch.randint_like(context, self.config.vocab_size))
 
     def _hidden(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
         """Normalised output of the last block [B, L + 1, width], before the head; checks the arguments."""

@@ -13,7 +13,8 @@ from ibq_fast.quickstart.classifier import recognise
 from ibq_fast.tokenizer import Tokenizer
 from ibq_fast.train.config import SampleConfig
 
-_BATCH = 100
+_BATCH = 100  # images drawn together: weights are read once for all of them
+_PIXELS = 40  # and decoded together: their activations stay in the caches
 
 
 class Samples(NamedTuple):
@@ -34,19 +35,17 @@ class Samples(NamedTuple):
         return [float(hits[self.classes == c].mean()) for c in range(classes)]
 
 
-def draw_samples(
+def draw_images(
     generator: Generator,
     tokenizer: Tokenizer,
-    judge: nn.Module,
+    classes: Tensor,
     *,
-    per_class: int,
     sampling: SampleConfig,
     seed: int,
-) -> Samples:
-    """``per_class`` images of every class, classes in turn, and what ``judge`` sees in them."""
+    precision: str | None = None,
+) -> Tensor:
+    """One uint8 image [C, H, W] for each of ``classes`` [B], as :meth:`Generator.sample` draws it."""
     device = tokenizer.last_layer.device
-    number = generator.config.num_classes
-    classes = torch.arange(number).repeat(per_class)
     parts = []
     for start in range(0, len(classes), _BATCH):
         tokens = generator.sample(
@@ -57,7 +56,23 @@ def draw_samples(
             top_p=sampling.top_p,
             seed=seed,
             first_image=start,
+            precision=precision,
         )
-        parts.append(to_uint8(tokenizer.decode(tokens, clamp=True)).cpu())
-    images = torch.cat(parts)
+        parts += [to_uint8(tokenizer.decode(part, clamp=True)).cpu() for part in tokens.split(_PIXELS)]
+    return torch.cat(parts)
+
+
+def draw_samples(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    judge: nn.Module,
+    *,
+    per_class: int,
+    sampling: SampleConfig,
+    seed: int,
+    precision: str | None = None,
+) -> Samples:
+    """``per_class`` images of every class, classes in turn, and what ``judge`` sees in them."""
+    classes = torch.arange(generator.config.num_classes).repeat(per_class)
+    images = draw_images(generator, tokenizer, classes, sampling=sampling, seed=seed, precision=precision)
     return Samples(images, classes, recognise(judge, images))

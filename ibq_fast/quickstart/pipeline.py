@@ -114,6 +114,7 @@ class _Quickstart:
                 per_class=self.options.samples_per_class,
                 sampling=self.generator_run.sample,
                 seed=self.options.seed,
+                precision="bf16" if self.generator_run.run.mixed_precision == "bf16" else None,
             )
             figures = {
                 **kept["tokenizer"].figures,
@@ -184,7 +185,8 @@ class _Quickstart:
         return images
 
     def _load(self, folder: Path) -> Tokenizer:
-        return Tokenizer.from_pretrained(folder, device=self.device).requires_grad_(False)
+        tokenizer = Tokenizer.from_pretrained(folder, device=self.device).requires_grad_(False)
+        return tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _evaluate(self, name: str, model: Tokenizer, images: Tensor) -> TokenizerEvaluation:
         made = evaluate_tokenizer(

@@ -160,12 +160,20 @@ class GeneratorRun:
 
     Args:
         run: where, how long, how often what.
-        data: which images; they are encoded once.
+        data: which images.
         tokenizer: directory, hub id or reference checkpoint of the tokenizer.
         model: the generator.
+        input_codes: what embeds tokens: own (drawn at random, trained), or the tokenizer's codebook with a
+            projection behind it, trained further (trained) or left as it is (frozen); these need
+            model.token_dim, the dimension of the codes.
         optim: how weights are updated.
         sample: how the run's pictures are drawn.
-        cache: disk keeps the encoded images memory-mapped under run.dir, memory keeps them in memory.
+        cache: disk encodes the images once and maps their tokens, memory keeps them in memory; none encodes
+            the images of every step anew, cropped and flipped as data says.
+        cache_dir: where cached tokens lie; null is tokens under run.dir. Runs with the same tokenizer and
+            data may share one.
+        cache_crops: squares cached of each training image: the middle one, and others by data.crop; with
+            data.flip each of them also mirrored. An epoch shows one of them.
     """
 
     run: RunConfig
@@ -174,7 +182,23 @@ class GeneratorRun:
     model: GeneratorConfig = field(default_factory=GeneratorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    cache: Literal["disk", "memory"] = "disk"
+    input_codes: Literal["own", "trained", "frozen"] = "own"
+    cache: Literal["disk", "memory", "none"] = "disk"
+    cache_dir: str | None = None
+    cache_crops: int = 1
+
+    def __post_init__(self) -> None:
+        if self.input_codes != "own" and self.model.token_dim is None:
+            raise ValueError(
+                f"model.token_dim: expected the dimension of the tokenizer's codes with input_codes "
+                f"{self.input_codes}, got none"
+            )
+        if self.cache_crops < 1:
+            raise ValueError(f"cache_crops: expected at least 1, got {self.cache_crops}")
+        if self.cache == "none" and self.cache_crops > 1:
+            raise ValueError(f"cache_crops: expected 1 without a cache, got {self.cache_crops}")
+        if self.cache != "disk" and self.cache_dir is not None:
+            raise ValueError(f"cache_dir: expected none with cache {self.cache}, got {self.cache_dir!r}")
 
 
 C = TypeVar("C", TokenizerRun, GeneratorRun)

@@ -1,4 +1,4 @@
-"""Stage two: training a generator on the tokens of a data set that is encoded once."""
+"""Stage two: training a generator on a tokenizer's tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ibq_fast.data import ResumableBatchSampler, to_uint8
+from ibq_fast.data import to_uint8
 from ibq_fast.data.config import Split
 from ibq_fast.evaluate.images import image_grid
 from ibq_fast.generator import Generator
@@ -25,6 +25,7 @@ from ibq_fast.train.peers import PeerWatch
 from ibq_fast.train.progress import Reporter
 from ibq_fast.train.speed import prepare
 from ibq_fast.train.token_cache import TokenCache, build_token_cache
+from ibq_fast.train.token_source import CachedTokens, EncodedImages, TokenSource
 from ibq_fast.train.weights import Trained
 
 
@@ -57,29 +58,24 @@ class GeneratorTask:
         self.accelerator = accelerator
         self.tokenizer = tokenizer
         _check_tokenizer(config, tokenizer)
-        self.train_tokens = self._tokens("train")
-        self.held_out = self._tokens("val")
-        if len(self.train_tokens.classes) > config.model.num_classes:
+        self.held_out = self._cached("val")
+        self.source = self._source()
+        classes = max(self.source.classes or 0, len(self.held_out.classes))
+        if classes > config.model.num_classes:
             raise ValueError(
-                f"model.num_classes: expected at least the data's {len(self.train_tokens.classes)} classes, "
+                f"model.num_classes: expected at least the data's {classes} classes, "
                 f"got {config.model.num_classes}"
             )
-        self.sampler = ResumableBatchSampler(
-            len(self.train_tokens),
-            config.data.batch_size,
-            seed=config.run.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
-        self.images_per_step = self.sampler.global_batch * config.optim.accumulate
-        self._position = (0, 0)  # epoch and step of the micro-batch that comes next
+        self.images_per_step = config.data.batch_size * config.optim.accumulate * accelerator.num_processes
         generator = Generator(config.model)
         generator.recompute = config.run.activation_checkpointing
+        if config.input_codes != "own":
+            generator.set_input_codes(_codes(tokenizer), frozen=config.input_codes == "frozen")
         prepare(generator, generator.layers(), replace(config.run, channels_last=False))
         parts = list[nn.Module](generator.blocks) if config.run.fsdp else None
         self.generator = Trained(
             _Loss(generator),
-            by_steps(config.optim, len(self.sampler)),
+            by_steps(config.optim, self.source.batches),
             accelerator,
             averaged=True,
             sharded=parts,
@@ -102,12 +98,12 @@ class GeneratorTask:
         return {"loss": total} if norm is None else {"loss": total, "grad_norm": norm}
 
     def figures(self) -> dict[str, float]:
-        return {"lr": self.generator.rate}
+        return {"lr": self.generator.rate, **self.source.figures()}
 
     def evaluate(self) -> dict[str, float]:
         """``loss``, nats per token on held-out images, without dropout; ``perplexity`` is its exponential."""
         size = self.config.data.batch_size
-        last = min(len(self.held_out), size * self.config.run.eval_batches)
+        last = min(len(self.held_out), self._evaluated)
         total = 0.0
         with self.generator.evaluating() as model, torch.no_grad():
             for start in range(0, last, size):
@@ -120,7 +116,8 @@ class GeneratorTask:
 
     def picture(self) -> tuple[str, Tensor] | None:
         """The first images of the run's seed, classes in turn."""
-        classes = torch.arange(self.config.run.pictures) % len(self.train_tokens.classes)
+        known = self.source.classes or self.config.model.num_classes
+        classes = torch.arange(self.config.run.pictures) % known
         drawn = self.config.sample
         with self.generator.exporting() as model:
             if model is None:
@@ -139,15 +136,14 @@ class GeneratorTask:
         return dict(_bare(self.generator.bare).named_parameters())
 
     def state(self) -> dict[str, Any]:
-        data = self.sampler.position_state(*self._position)
-        return {"generator": self.generator.state(), "progress": {"data": data}}
+        return {"generator": self.generator.state(), "progress": {"data": self.source.state()}}
 
     def rows_to_read(self, name: str, shape: Sequence[int]) -> slice | None:
         return None
 
     def load_state(self, parts: Mapping[str, Any]) -> None:
         self.generator.load_state(parts["generator"])
-        self._position = self.sampler.restored_position(parts["progress"]["data"])
+        self.source.load_state(parts["progress"]["data"])
 
     def start_from(self, source: str) -> None:
         """Take over the weights, and what else there is, of another generator of these settings.
@@ -169,25 +165,48 @@ class GeneratorTask:
         return folder
 
     def _next(self) -> tuple[Tensor, Tensor]:
-        epoch, step = self._position
-        self._position = (epoch, step + 1) if step + 1 < len(self.sampler) else (epoch + 1, 0)
-        tokens, labels = self.train_tokens.batch(epoch, self.sampler.batch(epoch, step), self.config.run.seed)
+        tokens, labels = self.source.next()
+        known = self.config.model.num_classes
+        if self.source.classes is None and not bool(((labels >= 0) & (labels < known)).all()):
+            raise ValueError(
+                f"data.root: expected labels in [0, {known - 1}] (model.num_classes = {known}) with every "
+                f"sample, got {labels.tolist()} (-1: none)"
+            )
         device = self.accelerator.device
         return tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
-    def _tokens(self, split: Split) -> TokenCache:
+    @property
+    def _evaluated(self) -> int:
+        """Held-out images that an evaluation looks at, at most."""
+        return self.config.data.batch_size * self.config.run.eval_batches
+
+    def _source(self) -> TokenSource:
+        config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
+        if config.cache == "none":
+            return EncodedImages(self.tokenizer, config.data, config.run.seed, rank, world)
+        return CachedTokens(self._cached("train"), config.data.batch_size, config.run.seed, rank, world)
+
+    def _cached(self, split: Split) -> TokenCache:
         """On disk the main process encodes and the others map the same file; in memory each encodes for
-        itself.
+        itself. Without a cache the held-out images that are looked at are kept in memory all the same.
         """
-        on_disk = self.config.cache == "disk"
-        folder = Path(self.config.run.dir) / "tokens" / split if on_disk else None
+        config = self.config
+        folder = Path(config.cache_dir or Path(config.run.dir) / "tokens") if config.cache == "disk" else None
         with (
             Reporter(
                 self.title, total_steps=None, total_seconds=None, main=self.accelerator.is_main_process
             ) as reporter,
             self.accelerator.main_process_first(),
         ):
-            return build_token_cache(self.tokenizer, self.config.data, split, folder, say=reporter.say)
+            return build_token_cache(
+                self.tokenizer,
+                config.data,
+                split,
+                folder,
+                crops=config.cache_crops,
+                limit=self._evaluated if config.cache == "none" else None,
+                say=reporter.say,
+            )
 
 
 class _Loss(nn.Module):
@@ -206,14 +225,23 @@ def _bare(module: nn.Module) -> Generator:
     return module.generator
 
 
+def _codes(tokenizer: Tokenizer) -> Tensor:
+    """The codes [K, D] as the tokenizer's decoder receives them."""
+    everything = torch.arange(tokenizer.config.quantizer.codebook_size, device=tokenizer.last_layer.device)
+    with torch.no_grad():
+        return tokenizer.quantizer.decode(everything.unsqueeze(0), channel_last=True)[0]
+
+
 def _check_tokenizer(config: GeneratorRun, tokenizer: Tokenizer) -> None:
     settings = tokenizer.config
-    pairs = (
+    pairs: tuple[tuple[str, Any, Any], ...] = (
         ("model.vocab_size", settings.quantizer.codebook_size, config.model.vocab_size),
         ("model.grid", settings.grid, config.model.grid),
         ("data.resolution", settings.resolution, config.data.resolution),
         ("data.channels", settings.image_channels, config.data.channels),
     )
+    if config.input_codes != "own":
+        pairs += (("model.token_dim", settings.quantizer.dim, config.model.token_dim),)
     for name, expected, found in pairs:
         if expected != found:
             raise ValueError(f"{name}: expected the tokenizer's {expected}, got {found}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import random
 import signal
@@ -20,8 +19,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ibq_fast.data import DataConfig
-from ibq_fast.tokenizer import Tokenizer
 from ibq_fast.train import (
     GeneratorRun,
     OptimConfig,
@@ -37,7 +34,6 @@ from ibq_fast.train.perceptual import build_perceptual
 from ibq_fast.train.progress import Reporter
 from ibq_fast.train.rng import rng_state, set_rng_state, untouched_rng
 from ibq_fast.train.schedule import learning_rate_factor, weight_decay_at
-from ibq_fast.train.token_cache import build_token_cache
 from ibq_fast.train.tokenizer import train_tokenizer
 from ibq_fast.train.usage import UsageWindow
 
@@ -241,55 +237,6 @@ def test_a_second_signal_leaves_at_once() -> None:
     assert time.monotonic() - start < 20
     assert b"finishing this step" in stderr
     assert b"second signal" in stderr
-
-
-def tokens_of(tokenizer: Tokenizer, data: DataConfig, folder: Path | None, said: list[str]) -> Any:
-    return build_token_cache(tokenizer, data, "train", folder, say=said.append)
-
-
-def test_token_cache_is_written_once_and_mapped(tokenizer_run: TokenizerRun, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    tokenizer, data, said = Tokenizer(tokenizer_run.model).eval(), tokenizer_run.data, []
-    first = tokens_of(tokenizer, data, tmp_path / "tokens", said)
-    again = tokens_of(tokenizer, data, tmp_path / "tokens", said)
-    in_memory = tokens_of(tokenizer, data, None, said)
-    assert isinstance(again.tokens, np.memmap)
-    assert first.tokens.dtype == np.uint16
-    for other in (again, in_memory):
-        assert np.array_equal(first.tokens, other.tokens)
-        assert np.array_equal(first.labels, other.labels)
-    assert [message.split(":")[1].split()[0] for message in said] == ["encoding", "12", "encoding"]
-    # Every image once, the second view its mirror image.
-    assert sorted(first.labels.tolist()) == [0] * 6 + [1] * 6
-    plain = replace(data, flip=False, crop="center")
-    assert np.array_equal(tokens_of(tokenizer, plain, None, said).tokens[0], first.tokens[0])
-    tokens, labels = first.batch(3, np.array([5, 0]), seed=1)
-    assert tokens.shape == (2, 16)
-    assert labels.tolist() == [0, 0]
-
-
-def test_token_cache_of_another_tokenizer_or_other_data_is_made_anew(
-    tokenizer_run: TokenizerRun, tmp_path: Path
-) -> None:
-    tokenizer, said = Tokenizer(tokenizer_run.model).eval(), []
-    tokens_of(tokenizer, tokenizer_run.data, tmp_path / "tokens", said)
-    tokens_of(tokenizer, replace(tokenizer_run.data, flip=False), tmp_path / "tokens", said)
-    tokens_of(tokenizer, replace(tokenizer_run.data, flip=False, batch_size=3), tmp_path / "tokens", said)
-    tokenizer.last_layer.data[0] += 1
-    tokens_of(tokenizer, replace(tokenizer_run.data, flip=False), tmp_path / "tokens", said)
-    assert ["encoding" in message for message in said] == [True, True, False, True]
-
-
-def test_token_cache_on_a_full_disk_is_an_error_and_leaves_nothing(
-    tokenizer_run: TokenizerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*arguments: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        tokens_of(Tokenizer(tokenizer_run.model).eval(), tokenizer_run.data, tmp_path / "tokens", [])
-    assert list(tmp_path.iterdir()) == []
 
 
 def quiet_model(run: GeneratorRun) -> GeneratorRun:

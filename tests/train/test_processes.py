@@ -265,20 +265,32 @@ def test_shards_through_the_command_line(tokenizer_run: TokenizerRun, tmp_path: 
     assert read_metrics(tmp_path / "run", "train")[4]["bad_images"] == 4
 
 
-@pytest.mark.parametrize("optim", [{}, {"accumulate": 3, "ema_decay": 0.0}])
+@pytest.mark.parametrize(
+    ("optim", "run_options", "token_dim"),
+    [
+        ({}, {}, None),
+        ({"accumulate": 3, "ema_decay": 0.0}, {"activation_checkpointing": True}, 8),  # with frozen codes
+    ],
+)
 def test_sharded_weights_train_as_whole_ones(
-    optim: dict[str, Any], generator_run: GeneratorRun, tmp_path: Path
+    optim: dict[str, Any],
+    run_options: dict[str, Any],
+    token_dim: int | None,
+    generator_run: GeneratorRun,
+    tmp_path: Path,
 ) -> None:
     config = replace(
         generator_run,
-        run=replace(generator_run.run, steps=6, save_every=3, log_every=1, sample_every=3),
+        run=replace(generator_run.run, steps=6, save_every=3, log_every=1, sample_every=3, **run_options),
         data=replace(generator_run.data, batch_size=1),
         cache="memory",
         optim=replace(generator_run.optim, eps=1e-5, **optim),
         model=replace(
             generator_run.model,
             **dict.fromkeys(("class_dropout", "token_dropout", "residual_dropout", "mlp_dropout"), 0.0),
+            token_dim=token_dim,
         ),
+        input_codes="frozen" if token_dim else "own",
     )
     states = {}
     for world, fsdp in ((1, False), (2, True)):
