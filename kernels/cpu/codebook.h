@@ -28,8 +28,8 @@ struct Parallel {
 
 constexpr float kNegligibleMass = 2.3283064365386963e-10f;  // 2^-32
 
-// What a forward leaves for its backward (Forward::candidates) takes no more than this or, where that is more,
-// than the codebook's gradient in float32, which the backward allocates anyway.
+// What a forward leaves for its backward (Forward::candidates) takes no more than this or, where that is
+// more, than the codebook's gradient in float32, which the backward allocates anyway.
 constexpr int64_t kCandidateBytes = 256 << 20;
 
 // The operands every codebook kernel shares. z and codebook are row-major and contiguous.
