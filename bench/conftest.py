@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from bench.cases import Case
 from bench.race import Race, Replay, percentiles, run
 from bench.suite import Entry, Record, Suite
 from bench.suites import LEVELS
+from ibq_fast.ops import release_memory
 
 SECONDS = {"tiny": 0.2, "quick": 1.5, "full": 5.0}
 REPLAY = Replay()
@@ -76,6 +78,8 @@ def races(request: pytest.FixtureRequest) -> Callable[[str, Suite[Any], Case], R
         key = (test, suite.kernel, case)
         if key not in kept:
             kept.clear()
+            gc.collect()  # models and their decoders hold each other
+            release_memory()
             entries = [
                 parameters["entry"]
                 for parameters in _selected(request.session, test)

@@ -11,6 +11,7 @@ encoder and decoder; the discriminator's and the optimizers' are left out.
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +79,7 @@ class Problem:
     """The settings of a case; the float64 truth of its first update and a float32 yardstick on first use."""
 
     def __init__(self, case: Case) -> None:
-        self.images = _images(case)
+        self.images, self.codes = _images(case), case.k
         self._scratch = tempfile.TemporaryDirectory()  # of noise images, for as long as the problem lives
         self._overrides = [
             f"--data.batch_size={self.images}",
@@ -114,8 +115,16 @@ class Problem:
 
 
 def check(problem: Problem, entry: Entry[Problem], first: dict[str, Tensor]) -> None:
-    """Loss terms and gradients of the first update by the error-ratio rule."""
-    judge(entry, first, problem.truth, problem.plain, {})
+    """Loss terms and gradients of the first update by the error-ratio rule, the quantizer's terms with the
+    floors that they have alone (bench/quantizer_step.py)."""
+    eps = torch.finfo(torch.float32).eps
+    range_of_entropy = math.log(problem.codes)
+    floors = {
+        "quantization": 8 * eps * problem.truth["quantization"].item(),
+        "sample_entropy": 8 * eps * range_of_entropy,
+        "codebook_entropy": 8 * eps * range_of_entropy,
+    }
+    judge(entry, first, problem.truth, problem.plain, floors)
 
 
 def _images(case: Case) -> int:
