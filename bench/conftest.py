@@ -20,6 +20,7 @@ from ibq_fast.ops import release_memory
 SECONDS = {"tiny": 0.2, "quick": 1.5, "full": 5.0}
 REPLAY = Replay()
 _LEFT_OUT = pytest.StashKey[dict[str, str]]()
+_COMMIT = pytest.StashKey[str]()  # when the code was loaded
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_LEFT_OUT] = {}
+    config.stash[_COMMIT] = machine.commit()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -61,7 +63,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info.update(
         device=machine.device_name(),
         threads=torch.get_num_threads(),
-        commit_measured=machine.commit(),
+        commit_measured=config.stash[_COMMIT],
         versions=machine.versions(),
         sizes=config.getoption("sizes"),
         read_bandwidth_gb_s=machine.read_bandwidth(),
