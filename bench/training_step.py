@@ -115,20 +115,15 @@ class Problem:
 
 
 def check(problem: Problem, entry: Entry[Problem], first: dict[str, Tensor]) -> None:
-    """Loss terms and gradients of the first update by the error-ratio rule. The quantizer's terms have the
-    floors that they have alone (bench/quantizer_step.py); the adversarial term is a mean of logits of both
-    signs, whose rounding is that of their size, as the discriminator's hinge loss has it; and rounding may
-    turn the sign of one pixel's difference, which is all that the L1 loss's gradient knows of it."""
+    """Loss terms and gradients of the first update by the error-ratio rule, the quantizer's terms with the
+    floors that they have alone (bench/quantizer_step.py)."""
     eps = torch.finfo(torch.float32).eps
     range_of_entropy = math.log(problem.codes)
     floors = {
         "quantization": 8 * eps * problem.truth["quantization"].item(),
         "sample_entropy": 8 * eps * range_of_entropy,
         "codebook_entropy": 8 * eps * range_of_entropy,
-        "adversarial": 8 * eps * problem.truth["discriminator"].item(),
     }
-    pixel = 2 / (problem.images * 3 * SIDE**2)
-    floors |= {name: pixel * problem.truth[name].norm().item() for name in first if name not in TERMS}
     judge(entry, first, problem.truth, problem.plain, floors)
 
 

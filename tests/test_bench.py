@@ -122,8 +122,20 @@ def test_a_wrong_step_is_refused(regime, changes):
     assert lane.samples == []
 
 
-def test_a_training_step_is_checked_down_to_its_gradients():
-    """The published formula passes, and so does ours; a thousandth off in one gradient does not."""
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_training_step_is_checked_down_to_its_gradients(one_thread):
+    """The published formula passes, and so does ours; a thousandth off in one gradient does not.
+
+    On one thread: with two, rounding takes two of the discriminator's activations across the kink of its
+    leaky ReLU in this single image, which moves the gradient that reaches the decoder by a hundredth.
+    """
     case = Case(training_step.TOKENS, 96, 32)
     problem = training_step.Problem(case)
     entries, _ = training_step.SUITE.entries_for(case, 1 << 40)

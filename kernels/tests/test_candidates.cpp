@@ -37,9 +37,8 @@ struct Inputs {
 
 // S_ij = slope_i level_j and a little noise; temperature 0.1.
 //   spread  levels normal: a twentieth of the entries count
-//   wide    less so, and no code of the first block stands out: a probe finds P spread too, and logits are
-//   kept
-//           beside the lists
+//   wide    less so, and no code of the first block stands out: a probe finds P spread too, and lists
+//           stand beside kept logits
 //   flat    all entries count
 //   peaked  one code has a row's whole mass
 //   ties    a hundredth of the codes share the top
