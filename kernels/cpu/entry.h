@@ -18,7 +18,7 @@ inline bool forward(const Problem& p, const Forward& out, const Parallel& parall
 #if defined(__AVX512BF16__)
   const bool search = !out.lse && !out.readout && !out.row_entropy;
   if (out.rounded_first && search && p.dtype == DType::kFloat32 && p.norm_weight == 0.0f &&
-      p.k >= kExactFromCodes && p.d >= kExactFromDim && p.n * p.d >= kExactFromNumbers)
+      p.k >= kExactFromCodes && p.d >= kExactFromDim && p.n >= kExactFromRows)
     return exact_search(p, out, parallel);
 #endif
   if (kHasPairs && p.dtype == DType::kBFloat16) return forward_of<kHasPairs>(p, out, parallel);

@@ -93,6 +93,27 @@ __attribute__((noinline)) void raise_best(const float* x, int32_t code0, float* 
   }
 }
 
+// acc = the products of kCodes codes [kCodes][depth] with the kVectors first vectors of a packed panel of
+// rows.
+template <bool kPairs, int kCodes, int kVectors>
+IBQ_INLINE void meet_codes(const float* codes, const float* rows, int64_t depth, F (&acc)[kCodes][kVectors]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kCodes; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) acc[i][v] = F{};
+  for (int64_t s = 0; s < depth; ++s) {
+    F bv[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) bv[v] = load(rows + s * kNR + v * kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kCodes; ++i) {
+      const F av = broadcast<kPairs>(codes + i * depth + s);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = multiply_add<kPairs>(av, bv[v], acc[i][v]);
+    }
+  }
+}
+
 // Meets a packed panel of rows with `count` codes, whole tiles. kPlain: products are the logits. fetch: these
 // codes come from memory, and nothing but this asks for them in time.
 template <bool kPairs, bool kPlain, int kVectors>
@@ -101,26 +122,11 @@ void search_panel(const float* rows, const float* codes, int64_t depth, int coun
   constexpr int kCodes = kTileCodes<kVectors>;
   for (int j = 0; j < count; j += kCodes) {
     const float* a = codes + j * depth;
-    const float* b = rows;
     const float* next = a + kCodes * depth;
     for (int64_t w = 0; fetch && j + kCodes < count && w < kCodes * depth; w += 16)
       __builtin_prefetch(next + w);
     F acc[kCodes][kVectors];
-#pragma GCC unroll 16
-    for (int i = 0; i < kCodes; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = F{};
-    for (int64_t s = 0; s < depth; ++s) {
-      F bv[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) bv[v] = load(b + s * kNR + v * kWidth);
-#pragma GCC unroll 16
-      for (int i = 0; i < kCodes; ++i) {
-        const F av = broadcast<kPairs>(a + i * depth + s);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) acc[i][v] = multiply_add<kPairs>(av, bv[v], acc[i][v]);
-      }
-    }
+    meet_codes<kPairs, kCodes, kVectors>(a, rows, depth, acc);
     bool rises = false;
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {

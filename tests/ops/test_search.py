@@ -131,3 +131,56 @@ def test_exact_search_is_the_float32_search(size, kind, backend) -> None:
     exact = codebook_search(z, codebook, scale=1.7, bias=bias, exact=True, backend=backend)
     assert torch.equal(plain.indices, exact.indices)
     assert torch.equal(plain.max, exact.max)
+
+
+def _odd_operands(kind: str, z: torch.Tensor, codebook: torch.Tensor) -> dict[str, object]:
+    """Spoils the operands in place; what else the call is to be given."""
+    if kind == "tiny codes":  # what rounding loses of them underflows when squared
+        codebook *= 1e-20
+    elif kind == "huge rows":
+        z[::3] *= 1e30
+        codebook *= 1e9
+    elif kind == "infinite code":
+        codebook[1234, 5] = float("inf")
+    elif kind == "NaN code":
+        codebook[77, 3] = float("nan")
+    elif kind == "NaN row":
+        z[5, 2] = float("nan")
+    elif kind == "masked":
+        bias = torch.randn(len(codebook))
+        bias[torch.rand(len(codebook)) < 0.7] = float("-inf")
+        bias[torch.rand(len(codebook)) < 0.1] = -1e30
+        return {"bias": bias}
+    elif kind == "negative scale":
+        return {"scale": -0.3}
+    elif kind == "no scale":
+        return {"scale": 0.0, "bias": torch.arange(len(codebook), dtype=torch.float32)}
+    return {}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "tiny codes",
+        "huge rows",
+        "infinite code",
+        "NaN code",
+        "NaN row",
+        "masked",
+        "negative scale",
+        "no scale",
+    ],
+)
+def test_exact_search_of_odd_numbers_is_the_float32_search(kind) -> None:
+    generator = torch.Generator().manual_seed(11)
+    codebook, z = torch.randn(2500, 65, generator=generator), torch.randn(600, 65, generator=generator)
+    keywords = {"bias": None, "scale": 1.0} | _odd_operands(kind, z, codebook)
+
+    def search(exact: bool):
+        # The op itself: the function in front of it refuses NaN.
+        return torch.ops.ibq_fast.codebook_search(
+            z, codebook, keywords["bias"], keywords["scale"], False, exact
+        )
+
+    for plain, ours in zip(search(False)[:2], search(True)[:2], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0, equal_nan=True)
