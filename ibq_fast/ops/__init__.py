@@ -15,11 +15,13 @@ from ibq_fast.ops.backends import (
 from ibq_fast.ops.choice import choose_tokens
 from ibq_fast.ops.cross_entropy import linear_cross_entropy
 from ibq_fast.ops.entropy import EntropyResult, codebook_entropy
+from ibq_fast.ops.generator_step import generator_step
 from ibq_fast.ops.histogram import code_histogram
 from ibq_fast.ops.index_backprop import IndexBackpropResult, index_backprop
 from ibq_fast.ops.native import release_memory
 from ibq_fast.ops.search import SearchResult, codebook_search
 from ibq_fast.ops.select import SelectResult, straight_through_select
+from ibq_fast.ops.skinny_linear import skinny_linear
 from ibq_fast.ops.skipping import set_skip_tolerance, skip_tolerance
 
 __all__ = [
@@ -35,11 +37,13 @@ __all__ = [
     "code_histogram",
     "codebook_entropy",
     "codebook_search",
+    "generator_step",
     "index_backprop",
     "linear_cross_entropy",
     "release_memory",
     "set_backend",
     "set_skip_tolerance",
+    "skinny_linear",
     "skip_tolerance",
     "straight_through_select",
 ]
