@@ -10,9 +10,10 @@
 
 class Crew {
  public:
-  Crew(int threads, int phases, int64_t* counters) : threads_(threads), counters_(counters) {
-    memset(counters, 0, sizeof(int64_t) * (size_t)counters_for(threads, phases));
-  }
+  // On counters that are zero at the start; who comes later, or from elsewhere, takes what is left.
+  Crew(int threads, int64_t* counters) : threads_(threads), counters_(counters) {}
+
+  int threads() const { return threads_; }
 
   static int64_t counters_for(int threads, int phases) { return (int64_t)phases * (threads + 1) * kLine; }
 

@@ -41,6 +41,7 @@ namespace {
 #include "kernels/cpu/choice.h"
 #include "kernels/cpu/crew.h"
 #include "kernels/cpu/skinny.h"
+#include "kernels/cpu/attend.h"
 #include "kernels/cpu/decode.h"
 // clang-format on
 }  // namespace

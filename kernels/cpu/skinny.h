@@ -115,6 +115,65 @@ IBQ_INLINE Sums sums_of(F a, F b, F c, F d) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// Lanes of a and b in turns of kRun: what a shuffle would do in the place of any other instruction.
+template <int kRun>
+IBQ_INLINE F in_turns(F a, F b) {
+  constexpr __mmask16 kOfB = kRun == 8 ? 0xff00 : 0xcccc;
+  return (F)_mm512_mask_blend_ps(kOfB, (__m512)a, (__m512)b);
+}
+
+// Lane 4 m + r: the sum of v[m][r]'s lanes, added by the tree of sums_of, with 20 shuffles for its 36.
+IBQ_INLINE F sums_of_sixteen(const F (&v)[4][4]) {
+  F columns[4], pairs[2];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {  // eight lanes of each of two rows
+      const F a = v[2 * i][r], b = v[2 * i + 1][r];
+      pairs[i] = in_turns<8>(a, b) +
+                 __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
+    }
+    const F a = pairs[0], b = pairs[1];  // four of each of four
+    columns[r] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                 __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {  // in every quarter two of each of two columns
+    const F a = columns[2 * i], b = columns[2 * i + 1];
+    pairs[i] = in_turns<2>(a, b) +
+               __builtin_shufflevector(a, b, 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29);
+  }
+  const F a = pairs[0], b = pairs[1];
+  return __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+}
+#endif
+
+// out[m * out_stride + 0..3]: the sums of columns [first, first + 4) of acc.
+template <int kM, int kR>
+IBQ_INLINE void store_sums(const F (&acc)[kM][kR], int first, float* out, int64_t out_stride) {
+  const auto put = [&](int m, Sums s) { __builtin_memcpy(out + m * out_stride, &s, sizeof(s)); };
+  int m = 0;
+#if defined(__AVX512F__)
+#pragma GCC unroll 2
+  for (; m + 4 <= kM; m += 4) {
+    F v[4][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) v[i][r] = acc[m + i][first + r];
+    const F s = sums_of_sixteen(v);
+    put(m, __builtin_shufflevector(s, s, 0, 1, 2, 3));
+    put(m + 1, __builtin_shufflevector(s, s, 4, 5, 6, 7));
+    put(m + 2, __builtin_shufflevector(s, s, 8, 9, 10, 11));
+    put(m + 3, __builtin_shufflevector(s, s, 12, 13, 14, 15));
+  }
+#endif
+#pragma GCC unroll 6
+  for (; m < kM; ++m) put(m, sums_of(acc[m][first], acc[m][first + 1], acc[m][first + 2], acc[m][first + 3]));
+}
+
 // One line of every weight row against the same terms of kM rows of x.
 template <WeightType W, int kM, int kR, typename Element>
 IBQ_INLINE void multiply_line(const char* const (&rows)[kR], int64_t at, const Element* x, int64_t x_stride,
@@ -161,12 +220,7 @@ __attribute__((noinline)) void skinny_tile(const char* const (&rows)[kR], const 
     multiply_line<W, kM, kR>(tail_rows, 0, x + lines * kPerLine, x_stride, acc);
   }
 #pragma GCC unroll 2
-  for (int g = 0; g < kR / kQuad; ++g)
-#pragma GCC unroll 6
-    for (int m = 0; m < kM; ++m) {
-      const Sums s = sums_of(acc[m][4 * g], acc[m][4 * g + 1], acc[m][4 * g + 2], acc[m][4 * g + 3]);
-      __builtin_memcpy(out[g] + m * out_stride, &s, sizeof(s));
-    }
+  for (int g = 0; g < kR / kQuad; ++g) store_sums(acc, kQuad * g, out[g], out_stride);
 }
 
 // The tile for m rows of x, at most kM.
@@ -234,6 +288,15 @@ inline int64_t item_rows(int64_t n, int64_t row_bytes, int threads) {
   return rows < 8 ? 8 : rows;
 }
 
+// Rows of x that meet an item together: they are to stay in L1 while W's rows go by.
+constexpr int64_t kBlockRows = 4 * kMaxRows;
+template <WeightType W>
+IBQ_INLINE int64_t block_rows(int64_t c) {
+  typedef typename Activations<W>::Element Element;
+  const int64_t fit = (24 << 10) / (Activations<W>::stride(c) * (int64_t)sizeof(Element));
+  return fit >= kBlockRows ? kBlockRows : kBlockRows / 2;
+}
+
 template <WeightType W>
 bool skinny_linear_of(const SkinnyLinear& p, const Parallel& parallel) {
   typedef typename Activations<W>::Element Element;
@@ -241,11 +304,12 @@ bool skinny_linear_of(const SkinnyLinear& p, const Parallel& parallel) {
   const int64_t step = item_rows(n, c * Weights<W>::kBytes, parallel.threads);
   const int64_t items = (n + step - 1) / step;
   const int tasks = (int)min_of(parallel.threads, items);
+  const int64_t block = block_rows<W>(c), blocks = (p.m + block - 1) / block;
   Element* x;
   float* columns;
   Workspace workspace;
   workspace.add(&x, p.m * stride);
-  workspace.add(&columns, tasks * p.m * kItemRows);
+  workspace.add(&columns, tasks * block * kItemRows);
   if (!workspace.allocate()) return false;
   for (int64_t m = 0; m < p.m; ++m) {
     for (int64_t i = 0; i < c; i += kWidth)
@@ -253,13 +317,14 @@ bool skinny_linear_of(const SkinnyLinear& p, const Parallel& parallel) {
     Activations<W>::finish(x + m * stride, c);
   }
   run_tasks(parallel, tasks, [&](int t) {
-    float* const mine = columns + t * p.m * kItemRows;
-    for (int64_t item = items * t / tasks; item < items * (t + 1) / tasks; ++item) {
-      const int64_t first = item * step, last = min_of(first + step, n);
-      skinny_product<W>(p.weight, first, last, x, p.m, mine, kItemRows);
-      for (int64_t m = 0; m < p.m; ++m)
+    float* const mine = columns + t * block * kItemRows;
+    for (int64_t i = items * t / tasks * blocks; i < items * (t + 1) / tasks * blocks; ++i) {
+      const int64_t first = i / blocks * step, last = min_of(first + step, n);
+      const int64_t from = p.m * (i % blocks) / blocks, to = p.m * (i % blocks + 1) / blocks;
+      skinny_product<W>(p.weight, first, last, x + from * stride, to - from, mine, kItemRows);
+      for (int64_t m = from; m < to; ++m)
         for (int64_t j = first; j < last; j += kWidth) {
-          F v = load_live<DType::kFloat32>(mine, m * kItemRows + j - first, last - j);
+          F v = load_live<DType::kFloat32>(mine, (m - from) * kItemRows + j - first, last - j);
           if constexpr (W == WeightType::kInt8)
             v = v * load_live<DType::kFloat32>(p.weight.scale, j, last - j);
           if (p.bias) v = v + load_live<DType::kFloat32>(p.bias, j, last - j);
