@@ -129,8 +129,12 @@ class Decoder:
     def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What row m feeds at ``positions[m]``: its class at 0, else ``tokens[m]`` (the token before; any
         valid index where the position is 0 or negative). int64 [m] each -> [m, width]."""
-        first = (positions <= 0).to(self.device).unsqueeze(1)
-        return torch.where(first, self.class_vectors[: tokens.shape[0]], self.embed(tokens))
+        embedded, first = self.embed(tokens), positions <= 0
+        if first.is_cpu and not bool(first.any()):
+            return embedded
+        return torch.where(
+            first.to(self.device).unsqueeze(1), self.class_vectors[: tokens.shape[0]], embedded
+        )
 
     def advance(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """:meth:`inputs` and :meth:`step` in one; on a GPU a CUDA graph (``generator/graph.py``)."""

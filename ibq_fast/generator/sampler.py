@@ -102,21 +102,23 @@ class Batch:
         decoder, at = self.decoder, self._rows
         positions, inputs = self._positions[: self._width], self._inputs[: self._width]
         hidden = decoder.advance(inputs, positions)
-        drawn = hidden[at]
-        where = positions[self._rows_here]
+        where = positions.index_select(0, self._rows_here)
         if len(self._null_rows):
-            scale = self._scales.gather(1, where[self._guided_here].unsqueeze(1)).to(decoder.device)
-            conditional, null = drawn[self._guided], hidden[self._null_rows]
+            scale = self._scales.gather(1, where.index_select(0, self._guided_here).unsqueeze(1))
+            scale = scale.to(decoder.device)
+            conditional = hidden.index_select(0, self._guided_rows)
+            null = hidden.index_select(0, self._null_rows)
             # Three roundings, the same in any batch: a fused lerp's would depend on the shapes.
             mixed = torch.where(scale > 1, null + scale * (conditional - null), conditional)
-            drawn[self._guided] = mixed
+            hidden.index_copy_(0, self._guided_rows, mixed)
         here = where.to(decoder.device)
-        tokens = choose_tokens(decoder.logits(drawn), position=here, **self._settings)
+        logits = decoder.logits(hidden.index_select(0, at))
+        tokens = choose_tokens(logits, position=here, **self._settings)
         self._tokens[at, here] = tokens
         following = tokens.clamp_min(0)  # -1: no distribution; what follows does not matter
-        self._inputs[at] = following
+        self._inputs.index_copy_(0, at, following)
         if len(self._null_rows):
-            self._inputs[self._null_rows] = following[self._guided]
+            self._inputs.index_copy_(0, self._null_rows, following.index_select(0, self._guided))
         self._positions += self._advance
         self._steps += 1
         self._quiet -= 1
@@ -132,8 +134,11 @@ class Batch:
         A finished image's row keeps its tokens until the next ``admit``. -1 in a finished image: the model
         had no distribution there (a NaN or an infinity).
         """
-        rows = torch.tensor([d.row for d in drawings], dtype=torch.int64, device=self.decoder.device)
-        return self._tokens[rows].unflatten(1, self.decoder.model.config.grid)
+        return self.tokens_of(_integers([d.row for d in drawings]).to(self.decoder.device))
+
+    def tokens_of(self, rows: Tensor) -> Tensor:
+        """The same of the images in these rows of the decoder, int64 [n] on its device."""
+        return self._tokens.index_select(0, rows).unflatten(1, self.decoder.model.config.grid)
 
     def release(self, drawing: Drawing) -> None:
         """Take an unfinished image out."""
@@ -171,7 +176,7 @@ class Batch:
         self._width = 1 + max([*rows, *(row for row in null_rows if row is not None)], default=-1)
         self._rows_here, self._guided_here = _integers(rows), _integers(guided)
         self._rows, self._guided = self._rows_here.to(device), self._guided_here.to(device)
-        self._null_rows = _integers(null_rows).to(device)
+        self._guided_rows, self._null_rows = self._rows[self._guided], _integers(null_rows).to(device)
         scales = [drawings[i].scales + [1.0] * (self.total - len(drawings[i].scales)) for i in guided]
         self._scales = torch.tensor(scales, dtype=self.decoder.dtype).reshape(len(guided), self.total)
         self._advance = (self._positions >= 0).to(torch.int64)
@@ -196,10 +201,10 @@ def generate(decoder: Decoder, requests: Sequence[Request]) -> Iterator[Partial]
     since every look would make an accelerator wait.
     """
     batch = Batch(decoder)
-    drawings = batch.admit(requests)
+    rows = _integers([d.row for d in batch.admit(requests)]).to(decoder.device)
     for done in range(1, batch.total + 1):
         batch.step()
-        tokens = batch.tokens(drawings)
+        tokens = batch.tokens_of(rows)
         if done == batch.total:
             check_drawn(tokens)
         yield Partial(done, batch.total, tokens)
