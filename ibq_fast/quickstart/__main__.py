@@ -96,10 +96,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _run(options: Options, strict: bool) -> int:
     # Heavy imports wait until the arguments are known to be right.
+    from ibq_fast.quickstart.freed_memory import keep_freed_memory
     from ibq_fast.quickstart.pipeline import run_quickstart
     from ibq_fast.quickstart.report import summary
     from ibq_fast.train.errors import TrainingInterrupted
 
+    keep_freed_memory()
     try:
         report = run_quickstart(options)
     except TrainingInterrupted as stopped:
