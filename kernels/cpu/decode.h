@@ -194,10 +194,10 @@ class StepKernel {
     prefetch_rows<W>(w, s.crew.begin((w.n + step - 1) / step, s.me) * step);
   }
 
-  // body(first, count) for the seat's rows, so many at a time as meet c terms of an item together.
+  // body(first, count) for the seat's rows, so many at a time as meet an item together.
   template <typename Body>
-  IBQ_INLINE void in_blocks(const Seat& s, int64_t c, const Body& body) const {
-    const int64_t rows = s.last - s.first, most = block_rows<W>(c), blocks = (rows + most - 1) / most;
+  IBQ_INLINE void in_blocks(const Seat& s, const Body& body) const {
+    const int64_t rows = s.last - s.first, blocks = (rows + kBlockRows - 1) / kBlockRows;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t from = rows * b / blocks;
       body(s.first + from, rows * (b + 1) / blocks - from);
@@ -251,7 +251,7 @@ class StepKernel {
   }
 
   void project(const Seat& s, const Matrix& w, int64_t first, int64_t last) {
-    in_blocks(s, width_, [&](int64_t from, int64_t count) {
+    in_blocks(s, [&](int64_t from, int64_t count) {
       skinny_product<W>(w, first, last, prepared(s, from), count, s.columns, kItemRows);
       for (int64_t m = 0; m < count; ++m)
         for (int64_t j = first; j < last; j += kWidth)
@@ -263,7 +263,7 @@ class StepKernel {
   // stream += gate * (x W^T), the gates being modulation `part`.
   void add_gated(const Seat& s, const Matrix& w, const Element* x, int64_t part, int64_t first,
                  int64_t last) {
-    in_blocks(s, w.c, [&](int64_t from, int64_t count) {
+    in_blocks(s, [&](int64_t from, int64_t count) {
       skinny_product<W>(w, first, last, x + from * Activations<W>::stride(w.c), count, s.columns, kItemRows);
       for (int64_t m = 0; m < count; ++m) {
         float* const stream = stream_ + (from + m) * width_;
@@ -287,7 +287,7 @@ class StepKernel {
         phase, s.me, (hidden + step - 1) / step, [&] { prepare(s, part + 3); },
         [&](int64_t item) {
           const int64_t first = item * step, last = min_of(first + step, hidden);
-          in_blocks(s, width_, [&](int64_t from, int64_t count) {
+          in_blocks(s, [&](int64_t from, int64_t count) {
             for (int64_t j = first; j < last; j += kQuad)
               eight_rows<W>(w, j, min_of(4, last - j), hidden + j, min_of(4, last - j), kQuad,
                             prepared(s, from), count, gates + (j - first), ups + (j - first), kItemRows);

@@ -288,14 +288,8 @@ inline int64_t item_rows(int64_t n, int64_t row_bytes, int threads) {
   return rows < 8 ? 8 : rows;
 }
 
-// Rows of x that meet an item together: they are to stay in L1 while W's rows go by.
+// Rows of x that meet an item together: at 192 columns they stay in L1 while W's rows go by.
 constexpr int64_t kBlockRows = 4 * kMaxRows;
-template <WeightType W>
-IBQ_INLINE int64_t block_rows(int64_t c) {
-  typedef typename Activations<W>::Element Element;
-  const int64_t fit = (24 << 10) / (Activations<W>::stride(c) * (int64_t)sizeof(Element));
-  return fit >= kBlockRows ? kBlockRows : kBlockRows / 2;
-}
 
 template <WeightType W>
 bool skinny_linear_of(const SkinnyLinear& p, const Parallel& parallel) {
@@ -304,12 +298,12 @@ bool skinny_linear_of(const SkinnyLinear& p, const Parallel& parallel) {
   const int64_t step = item_rows(n, c * Weights<W>::kBytes, parallel.threads);
   const int64_t items = (n + step - 1) / step;
   const int tasks = (int)min_of(parallel.threads, items);
-  const int64_t block = block_rows<W>(c), blocks = (p.m + block - 1) / block;
+  const int64_t blocks = (p.m + kBlockRows - 1) / kBlockRows;
   Element* x;
   float* columns;
   Workspace workspace;
   workspace.add(&x, p.m * stride);
-  workspace.add(&columns, tasks * block * kItemRows);
+  workspace.add(&columns, tasks * kBlockRows * kItemRows);
   if (!workspace.allocate()) return false;
   for (int64_t m = 0; m < p.m; ++m) {
     for (int64_t i = 0; i < c; i += kWidth)
@@ -317,7 +311,7 @@ bool skinny_linear_of(const SkinnyLinear& p, const Parallel& parallel) {
     Activations<W>::finish(x + m * stride, c);
   }
   run_tasks(parallel, tasks, [&](int t) {
-    float* const mine = columns + t * block * kItemRows;
+    float* const mine = columns + t * kBlockRows * kItemRows;
     for (int64_t i = items * t / tasks * blocks; i < items * (t + 1) / tasks * blocks; ++i) {
       const int64_t first = i / blocks * step, last = min_of(first + step, n);
       const int64_t from = p.m * (i % blocks) / blocks, to = p.m * (i % blocks + 1) / blocks;
