@@ -285,7 +285,7 @@ struct Settling {
   const Problem& p;
   const float* a;
   int count = 0;
-  Candidate waiting[kWidth];  // upper: of the quick score
+  Candidate waiting[kWidth] = {};  // upper: of the quick score
   float score = -__builtin_inff();
   int64_t code = -1;
   bool crowd = false;  // quick scores told none of a group apart: they are not worth their time here
