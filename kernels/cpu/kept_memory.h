@@ -10,7 +10,7 @@
 
 namespace ibq::cpu {
 
-// Below this malloc keeps memory itself.
+// Below this malloc may serve a request from its own heap, which it trims or not as it is set.
 constexpr int64_t kKeptFrom = 32 << 20;
 // Buffers that wait at most; one more pushes out the one that has waited longest.
 constexpr int kKeptBuffers = 3;
